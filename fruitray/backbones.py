@@ -1,0 +1,332 @@
+"""The networks: how each is built, where its weights come from, what it wants as input, which part is the head.
+
+A `Classifier` takes raw uint8 squares and normalises them itself, so nobody outside can get that wrong.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torchvision
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from fruitray.config import REPORT_BACKBONES, ModelConfig, require
+from fruitray.errors import FruitrayError, ModelRejectedError, NotFoundError, UsageError, WeightsError
+from fruitray.preprocess import Preprocessing
+from fruitray.storage import open_file
+
+State = Mapping[str, torch.Tensor]
+Got = TypeVar("Got")
+
+SILENCE_S = 6
+"""How long a download may wait for a connection, or for the next bytes, before it has failed."""
+
+
+class Classifier(nn.Module):
+    """A trunk that embeds photos and a head that tells classes: (B, 3, S, S) uint8 -> (B, C) float32 logits.
+
+    The trunk computes in bfloat16 where the device is fast at it; normalisation and the head stay in float32.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.preprocessing = preprocessing
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    def embed(self, photos: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 -> (B, D) float32, what the head sees."""
+        inputs = (photos.float() - self.mean) / self.std
+        with autocast(photos.device):
+            embedding: torch.Tensor = self.trunk(inputs)
+        return embedding.float()
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 -> (B, C) float32 logits."""
+        logits: torch.Tensor = self.head(self.embed(photos))
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where a trunk starts from. `sha256` is of the file, or of the tensors where the library downloaded them."""
+
+    source: str
+    sha256: str | None
+
+
+def build(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Classifier, Weights]:
+    """A new classifier with `classes` outputs; its random parts are drawn from `seed`: same call, same bits.
+
+    Raises:
+        UsageError: no such backbone, or its package is missing.
+        WeightsError: the weights cannot be had.
+        ModelRejectedError: the weights file is broken or belongs to another network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plan, weights = _plan(config)
+        head = plan.head(classes, plan.dropout if config.dropout is None else config.dropout)
+    preprocessing = plan.preprocessing
+    if config.image_size:
+        preprocessing = replace(preprocessing, size=config.image_size)
+    model = Classifier(plan.trunk, head, preprocessing)
+    return model.to(memory_format=torch.channels_last), weights
+
+
+def skeleton(config: ModelConfig, classes: int, preprocessing: Preprocessing) -> Classifier:
+    """The classifier of a package before its weights are loaded: same shapes, no download."""
+    model, _ = build(replace(config, weights="none", frozen=False, image_size=preprocessing.size), classes)
+    return Classifier(model.trunk, model.head, preprocessing).to(memory_format=torch.channels_last)
+
+
+def freeze(model: Classifier) -> None:
+    """Leave only the head to train."""
+    model.trunk.requires_grad_(False)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def state_hash(state: State) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pick_device() -> torch.device:
+    """The GPU if this process sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a builder answers: the trunk with its weights, how to make a head, and the defaults."""
+
+    trunk: nn.Module
+    head: Callable[[int, float], nn.Module]
+    dropout: float
+    preprocessing: Preprocessing
+
+
+def _plan(config: ModelConfig) -> tuple[_Plan, Weights]:
+    name = config.backbone
+    if name in ("mlp", "cnn"):
+        size = config.image_size or 300
+        return (_mlp(size) if name == "mlp" else _cnn(size)), Weights("none", None)
+    if name.startswith("timm/"):
+        return _timm(config)
+    if name in _TORCHVISION_HEADS:
+        return _torchvision(config)
+    known = ", ".join((*REPORT_BACKBONES, "mobilenet_v2", "timm/NAME"))
+    raise UsageError(f"--backbone {name}: no such backbone; there are {known}")
+
+
+def _mlp(size: int) -> _Plan:
+    """The report's perceptron: 270,000-255-3 on 300x300 photos."""
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 255), nn.ReLU())
+    return _Plan(trunk, _linear_head(255), 0.0, _plain(size))
+
+
+def _cnn(size: int) -> _Plan:
+    """The report's network: two 5x5 convolutions with pooling, then 120 and 84 units with two dropout layers."""
+    side = ((size - 4) // 2 - 4) // 2
+    convolutions = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    trunk = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * side * side, 120), nn.ReLU())
+    return _Plan(trunk, _two_layer_head(120, 84, first_dropout=True), 0.5, _plain(size))
+
+
+def _plain(size: int) -> Preprocessing:
+    return Preprocessing(size=size, crop=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def _linear_head(features: int) -> Callable[[int, float], nn.Module]:
+    return lambda classes, dropout: nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
+
+
+def _two_layer_head(
+    features: int, hidden: int, *, first_dropout: bool = False, standardise: bool = False
+) -> Callable[[int, float], nn.Module]:
+    def make(classes: int, dropout: float) -> nn.Module:
+        before: list[nn.Module] = [nn.LayerNorm(features, elementwise_affine=False)] if standardise else []
+        before += [nn.Dropout(dropout)] if first_dropout else []
+        return nn.Sequential(
+            *before, nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
+        )
+
+    return make
+
+
+_TORCHVISION_HEADS: dict[str, tuple[str, Callable[[int, float], nn.Module], float]] = {
+    "vgg16": ("classifier.6", _two_layer_head(4096, 256), 0.5),
+    "resnet50": ("fc", _two_layer_head(2048, 256), 0.2),
+    "efficientnet_b2": ("classifier", _linear_head(1408), 0.3),
+    "mobilenet_v2": ("classifier", _two_layer_head(1280, 256, first_dropout=True, standardise=True), 0.2),
+}
+"""Name -> (the module that the head replaces, the head, its dropout). The first three as in the report."""
+
+
+def _torchvision(config: ModelConfig) -> tuple[_Plan, Weights]:
+    place, head, dropout = _TORCHVISION_HEADS[config.backbone]
+    official = torchvision.models.get_model_weights(config.backbone).DEFAULT
+    network = torchvision.models.get_model(config.backbone, weights=None)
+    given = official.transforms()
+    preprocessing = Preprocessing(
+        size=given.crop_size[0],
+        crop=given.crop_size[0] / given.resize_size[0],
+        interpolation=given.interpolation.value,
+        mean=tuple(given.mean),
+        std=tuple(given.std),
+    )
+    weights = Weights("none", None)
+    if config.weights == "imagenet":
+        state = _download(
+            config.backbone, lambda: official.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        )
+        weights = Weights(official.url, _load_all_but_head(network, state, (place,), official.url))
+    elif config.weights != "none":
+        weights, preprocessing = _from_file(config, network, (place,), preprocessing)
+    network.set_submodule(place, nn.Identity())
+    return _Plan(network, head, dropout, preprocessing), weights
+
+
+def _timm(config: ModelConfig) -> tuple[_Plan, Weights]:
+    try:
+        import timm
+        import timm.data
+    except ImportError as error:
+        raise UsageError(f"--backbone {config.backbone}: needs the extra, pip install 'fruitray[timm]'") from error
+    name = config.backbone.removeprefix("timm/")
+    if name not in timm.list_models() and name not in timm.list_pretrained():
+        raise UsageError(f"--backbone {config.backbone}: timm has no model of this name")
+    if config.weights == "imagenet":
+        network = _download(config.backbone, lambda: _timm_pretrained(name))
+    else:
+        network = timm.create_model(name, pretrained=False)
+    given = timm.data.resolve_data_config(model=network, use_test_size=True)
+    preprocessing = Preprocessing(
+        size=given["input_size"][1],
+        crop=given["crop_pct"],
+        interpolation="bilinear" if given["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(given["mean"]),
+        std=tuple(given["std"]),
+    )
+    fits = config.image_size in (None, preprocessing.size) or not network.pretrained_cfg.get("fixed_input_size")
+    require(fits, "image_size", config.image_size, f"{config.backbone} takes {preprocessing.size} and nothing else")
+    weights = Weights("none", None)
+    if config.weights == "imagenet":
+        weights = Weights(f"timm:{name}", state_hash(network.state_dict()))
+    elif config.weights != "none":
+        heads = network.pretrained_cfg["classifier"] or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        weights, preprocessing = _from_file(config, network, heads, preprocessing)
+    network.reset_classifier(0)
+    head = _two_layer_head(network.head_hidden_size, 256, first_dropout=True, standardise=True)
+    return _Plan(network, head, 0.2, preprocessing), weights
+
+
+def _timm_pretrained(name: str) -> Any:
+    """timm's network with its weights, from the hub's cache or the hub, which timm itself would ask for a minute."""
+    import huggingface_hub as hub
+    import timm
+    from huggingface_hub.errors import HfHubHTTPError
+
+    origin = timm.get_pretrained_cfg(name)
+    if origin and origin.hf_hub_id:
+        repo, file = origin.hf_hub_id.partition("@")[0], origin.hf_hub_filename or "model.safetensors"
+        cached = hub.try_to_load_from_cache(repo, file)
+        if isinstance(cached, str) and not origin.custom_load:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached})
+        with contextlib.suppress(HfHubHTTPError):  # a refusal is an answer
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=SILENCE_S)
+    return timm.create_model(name, pretrained=True)
+
+
+def _download(backbone: str, get: Callable[[], Got]) -> Got:
+    """What `get` downloads, or takes from the library's cache.
+
+    Raises:
+        WeightsError: it cannot be had.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_S)
+    try:
+        return get()
+    except Exception as error:  # urllib, ssl, socket, hub and hash errors alike
+        raise WeightsError(backbone, f"the download failed ({str(error).partition(chr(10))[0]})") from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _from_file(
+    config: ModelConfig, network: nn.Module, heads: tuple[str, ...], preprocessing: Preprocessing
+) -> tuple[Weights, Preprocessing]:
+    """Load a weights file into `network`, and correct the preprocessing by the NAME.json that may lie beside it."""
+    uri = config.weights
+    if not uri.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        uri = f"{uri.rstrip('/')}/{config.backbone.removeprefix('timm/')}.safetensors"
+    storage, key = open_file(uri)
+    try:
+        data = storage.read(key)
+    except NotFoundError as error:
+        raise WeightsError(config.backbone, f"{uri} does not exist") from error
+    _load_all_but_head(network, _parse(uri, data), heads, uri)
+    beside = key.rpartition(".")[0] + ".json"
+    if storage.exists(beside):
+        try:
+            preprocessing = Preprocessing.from_json(asdict(preprocessing) | json.loads(storage.read(beside)))
+        except (ValueError, TypeError, FruitrayError) as error:
+            raise ModelRejectedError(storage.uri_of(beside), f"not preprocessing: {error}") from error
+    return Weights(uri, hashlib.sha256(data).hexdigest()), preprocessing
+
+
+def _parse(uri: str, data: bytes) -> State:
+    try:
+        if uri.endswith(".safetensors"):
+            return dict(load_safetensors(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise TypeError("a checkpoint with more than tensors")
+        return {str(name): tensor for name, tensor in state.items()}
+    except Exception as error:
+        raise ModelRejectedError(uri, f"not a file of weights ({type(error).__name__})") from error
+
+
+def _load_all_but_head(network: nn.Module, state: State, heads: tuple[str, ...], uri: str) -> str:
+    """Load strictly, the head (which is about to be replaced) aside; answers the hash of what was loaded."""
+    replaced = tuple(f"{head}." for head in heads)
+    trunk = {name: tensor for name, tensor in state.items() if not name.startswith(replaced)}
+    try:
+        keys = network.load_state_dict(trunk, strict=False)
+    except RuntimeError as error:
+        raise ModelRejectedError(uri, "the shapes belong to another network") from error
+    missing = [name for name in keys.missing_keys if not name.startswith(replaced)]
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or keys.unexpected_keys:
+        odd = (missing + keys.unexpected_keys)[0]
+        raise ModelRejectedError(uri, f"belongs to another network ({len(missing)} tensors missing, first odd: {odd})")
+    return state_hash(trunk)

@@ -1,0 +1,115 @@
+"""Index rows -> tensors: photos decoded and resized once per machine, then batches that every worker agrees on."""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fruitray.augment import augment
+from fruitray.errors import ImageError, OutputConflictError
+from fruitray.images import decode, fetch
+from fruitray.preprocess import Preprocessing
+from fruitray.storage import Entry, Storage
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps decoded photos: $FRUITRAY_CACHE, else a folder of the user's in the temporary one."""
+    return Path(os.environ.get("FRUITRAY_CACHE") or Path(tempfile.gettempdir()) / f"fruitray-cache-{os.getuid()}")
+
+
+def squares(storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> Iterator[torch.Tensor]:
+    """Each indexed photo as (3, S, S) uint8, in order.
+
+    Raises:
+        OutputConflictError: a photo is no longer what the index says.
+    """
+    for entry, data in zip(entries, fetch(storage, entries), strict=True):
+        try:
+            if isinstance(data, ImageError):
+                raise data
+            yield preprocessing.resize(decode(data).pixels)
+        except ImageError as error:
+            reason = f"not as indexed, run prepare again: {error}"
+            raise OutputConflictError(storage.uri_of(entry.key), reason) from error
+
+
+def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> torch.Tensor:
+    """All photos as one (N, 3, S, S) uint8 tensor, channels last, backed by a file that the machine's processes share.
+
+    The file is made by the first who asks while the others wait, named by what is in it, and takes N * 3 * S * S bytes.
+
+    Raises:
+        OutputConflictError: a photo is no longer what the index says.
+    """
+    what = [storage.uri, asdict(preprocessing), [(entry.key, entry.etag) for entry in entries]]
+    path = cache_folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _decode_into(path, storage, entries, preprocessing)
+    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
+
+
+def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> None:
+    """Write `path`, which appears only when complete: (N, S, S, 3) uint8."""
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    shape = (len(entries), preprocessing.size, preprocessing.size, 3)
+    try:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        for row, square in enumerate(squares(storage, entries, preprocessing)):
+            array[row] = square.permute(1, 2, 0).numpy()
+        array.flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batches:
+    """Examples in batches: the same global batches whatever the number of workers, of which this is number `rank`."""
+
+    inputs: torch.Tensor
+    """(N, 3, S, S) uint8 photos, or (N, D) float32 embeddings."""
+    labels: torch.Tensor
+    """(N,) int64 class numbers."""
+    batch_size: int
+    """At most so many examples per global batch; an epoch is cut evenly, so no batch is much smaller."""
+    shuffle: bool = False
+    policy: str = "none"
+    """Augmentation of photos, see `augment.py`."""
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """This worker's share of each batch of epoch `number`, and how many examples all workers' shares hold together.
+
+        Order and augmentation of each photo depend on (seed, number) alone.
+        """
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
+        examples = len(self.labels)
+        order = torch.randperm(examples, generator=generator) if self.shuffle else torch.arange(examples)
+        draws = torch.rand(examples, generator=generator)
+        for chosen in order.tensor_split(len(self)):
+            mine = chosen[self.rank :: self.world]
+            inputs = self.inputs[mine]
+            if self.policy != "none":
+                inputs = augment(inputs, self.policy, draws[mine])
+            yield inputs, self.labels[mine], len(chosen)
+
+
+def epoch_seed(seed: int, number: int) -> int:
+    """Seed of all that is random in epoch `number`."""
+    return (seed * 100_003 + number) % 2**63

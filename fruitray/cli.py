@@ -1,0 +1,89 @@
+"""The `fruitray` command and the jobs' shared entry: arguments -> config -> the room that obeys it -> exit code.
+
+Nothing heavy is imported before a job runs, so `--help` answers at once.
+"""
+
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from fruitray import config as configs
+from fruitray.errors import UsageError, find_ours
+
+JOBS: dict[str, type[Any]] = {
+    "prepare": configs.PrepareConfig,
+    "tune": configs.TuneConfig,
+    "train": configs.TrainConfig,
+    "score": configs.ScoreConfig,
+    "verify": configs.VerifyConfig,
+    "demo": configs.DemoConfig,
+}
+"""Each job's config; `fruitray.cluster.NAME.run(config)` does the work and answers the line to end with."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fruitray NAME [options]`: the same as `python -m jobs.NAME [options]`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in JOBS:
+        sys.exit(run_job(arguments[0], arguments[1:]))
+    asked = arguments in ([], ["-h"], ["--help"])
+    lines = [f"  {name:<9}{_first_line(config)}" for name, config in JOBS.items()]
+    print("\n".join(["usage: fruitray JOB [options]; fruitray JOB --help lists them", "", *lines]))
+    if not asked:
+        print(f"\nfruitray: there is no job {arguments[0]!r}", file=sys.stderr)
+    sys.exit(0 if asked else UsageError.exit_code)
+
+
+def run_job(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one job with command-line arguments; answers its exit code (see `errors.py`)."""
+    try:
+        config = parse(name, list(sys.argv[1:] if argv is None else argv))
+        job = importlib.import_module(f"fruitray.cluster.{name}")
+        print(job.run(config), flush=True)
+        return 0
+    except Exception as error:
+        ours = find_ours(error)
+        if ours is None:
+            raise
+        print(f"fruitray {name}: {ours}", file=sys.stderr, flush=True)
+        return ours.exit_code
+
+
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
+    kind = JOBS[name]
+    default = _defaults_from(argv) if name == "train" else None
+    return tyro.cli(
+        kind,
+        args=argv,
+        prog=f"fruitray {name}",
+        description=_first_line(kind),
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _defaults_from(argv: Sequence[str]) -> Any:
+    """What `train --config URI` starts from, None without it."""
+    path = next((b for a, b in itertools.pairwise(argv) if a == "--config"), None)
+    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), path)
+    if path is None:
+        return None
+    from fruitray.storage import open_file
+
+    storage, key = open_file(path)
+    try:
+        given = json.loads(storage.read(key))
+        model, fit = configs.ModelConfig(**given["model"]), configs.FitConfig(**given["fit"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--config {path}: not a best.json that tune wrote ({error})") from error
+    return configs.TrainConfig(index=tyro.MISSING, out=tyro.MISSING, config=path, model=model, fit=fit)
+
+
+def _first_line(kind: type[Any]) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]

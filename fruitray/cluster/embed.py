@@ -1,0 +1,74 @@
+"""What is made once before many train: the initial model of a backbone, and the embeddings of its frozen trunk."""
+
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import torch
+
+from fruitray.backbones import build, pick_device, state_hash
+from fruitray.cluster.runtime import stream, worker_count
+from fruitray.config import ModelConfig
+from fruitray.console import progress
+from fruitray.features import embed, feature_rows, features_key, from_arrow, has_features, to_arrow, write_features
+from fruitray.index import Index
+from fruitray.package import DESCRIPTION, Package, load_package, save_package
+from fruitray.storage import Entry, Storage, open_storage
+
+CHUNK = 128
+
+
+def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], seed: int) -> Package:
+    """The package below `out` that every run of this backbone starts from; built and stored by the first who asks."""
+    place = open_storage(out.uri_of(f"initial/{config.backbone}"))
+    if not place.exists(DESCRIPTION):
+        model, weights = build(config, len(classes), seed)
+        origin = {"source": weights.source, "sha256": weights.sha256}
+        facts = {"initial_weights": origin, "state_hash": state_hash(model.state_dict())}
+        save_package(place, model, config, classes, facts)
+    return load_package(place.uri)
+
+
+def ensure_features(index_uri: str, index: Index, package: Package, policy: str, *, gpu: bool = False) -> None:
+    """Embed the index's photos with the package's trunk, in parallel, unless that is done already."""
+    key = features_key(index, package.model, policy)
+    if has_features(index_uri, key):
+        return
+    rows = feature_rows(index, policy)
+    columns = {
+        "row": range(len(rows)),
+        **{name: [getattr(entry, name) for entry, _ in rows] for name in ("key", "size", "etag")},
+        "variant": [name for _, name in rows],
+    }
+    table = pa.table({name: list(values) for name, values in columns.items()})
+    chunks = [table.slice(start, CHUNK) for start in range(0, table.num_rows, CHUNK)]
+    workers = worker_count(0, gpu=gpu)
+    done = []
+    with progress(f"embed with {package.description['model']['backbone']}", len(rows), "photos") as advance:
+        for result in stream(
+            chunks,
+            _Embedder,
+            fn_constructor_args=(package.uri, index.images),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(chunks))),
+            num_cpus=1,
+            num_gpus=1 if gpu else 0,
+        ):
+            done.append(result)
+            advance(result.num_rows)
+    embeddings = from_arrow(pa.concat_tables(done).sort_by("row")["embedding"])
+    write_features(index_uri, key, rows, embeddings)
+
+
+class _Embedder:
+    """One worker: chunks of rows in, their embeddings out."""
+
+    def __init__(self, package_uri: str, images: str) -> None:
+        torch.set_num_threads(1)
+        self._model = load_package(package_uri).model
+        self._images = open_storage(images)
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        rows: list[dict[str, Any]] = chunk.to_pylist()
+        wanted = [(Entry(row["key"], row["size"], row["etag"]), row["variant"]) for row in rows]
+        embeddings = embed(self._model, self._images, wanted, pick_device())
+        return pa.table({"row": chunk["row"], "embedding": to_arrow(embeddings)})

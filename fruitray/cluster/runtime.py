@@ -1,0 +1,133 @@
+"""What all jobs share: joining a cluster, opening places, claiming an output, streaming work over Ray Data."""
+
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own screen; ours is `console.py`
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.util.queue import Queue
+
+from fruitray.config import to_json
+from fruitray.console import say
+from fruitray.errors import OutputConflictError, UsageError
+from fruitray.storage import LocalStorage, Storage, open_storage
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def own_cluster(folder: Path) -> Iterator[None]:
+    """A Ray of this process alone while the context lasts; its files and its token (mode 0600) lie below `folder`.
+
+    `folder` must have a short path: Ray's sockets lie in it.
+    """
+    token = folder / "ray-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # with the mode unset, Ray takes a token it finds
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
+    ray.init(
+        address="local",
+        _temp_dir=str(folder / "ray"),
+        object_store_memory=500_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def lines_from_workers() -> Iterator[Queue]:
+    """Yields a queue to hand to workers: what they put into it is said on the driver's console."""
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def listen() -> None:
+        while (line := queue.get()) is not None:
+            say(line)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield queue
+    finally:
+        queue.put(None)
+        listener.join(timeout=10)
+        queue.shutdown()
+
+
+def open_input(uri: str) -> Storage:
+    """The storage at `uri`, which must be there and readable."""
+    storage = open_storage(uri)
+    storage.check()
+    return storage
+
+
+def open_output(uri: str, images: Storage | None = None) -> Storage:
+    """The storage at `uri`, to be written to; it must not lie within `images`, whose listing it would join."""
+    storage = open_storage(uri)
+    if images is not None and f"{storage.uri}/".startswith(f"{images.uri}/"):
+        raise UsageError(f"--out {uri}: must not lie inside --images {images.uri}, or its files would become inputs")
+    if not isinstance(storage, LocalStorage):
+        storage.check()
+    return storage
+
+
+def claim(out: Storage, name: str, config: Any) -> None:
+    """Save the resolved config as `NAME.json`; an output made with another one is left alone.
+
+    Raises:
+        OutputConflictError: `out` belongs to a job with other settings.
+    """
+    key, ours = f"{name}.json", to_json(config)
+    if not out.exists(key) and out.create(key, ours):
+        return
+    standing, wanted = json.loads(out.read(key)), json.loads(ours)
+    for field, value in wanted.items():
+        if standing.get(field) != value:
+            reason = f"was made with {field} {standing.get(field)!r}, not {value!r}; choose another --out"
+            raise OutputConflictError(out.uri_of(key), reason)
+
+
+def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any], **options: Any) -> Iterator[pa.Table]:
+    """`work` over each table, one call per table, results as they come, in no promised order.
+
+    A killed worker's table is done again elsewhere. `options` are those of `Dataset.map_batches`.
+    """
+    dataset = ray.data.from_arrow(list(tables))
+    # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
+    done = dataset.map_batches(work, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
+    yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def worker_count(asked: int, *, gpu: bool) -> int:
+    """How many workers to run: as asked, else one per CPU (or GPU) of the cluster."""
+    kind = "GPU" if gpu else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    wanted = asked or there
+    if not 0 < wanted <= there:
+        raise UsageError(f"--workers {asked}: the cluster has {there} {kind}s")
+    return wanted

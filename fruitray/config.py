@@ -1,0 +1,226 @@
+"""What every job can be told: one frozen dataclass per job, its field docstrings are its `--help`.
+
+Nothing heavy is imported here, so `--help` answers at once; the code that obeys each config stands in the room of
+the same name.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fruitray.errors import UsageError
+
+AUGMENTATIONS = ("none", "mirror")
+REPORT_BACKBONES = ("mlp", "cnn", "vgg16", "resnet50", "efficientnet_b2")
+
+
+def require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Raise `UsageError` naming field, value and rule unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Read every photo once; write the index with a stratified, duplicate-safe split."""
+
+    images: str
+    """Folder or s3:// prefix that holds one folder of photos per class."""
+    out: str
+    """Folder or s3:// prefix for `index.parquet` and `audit.json`."""
+    val_fraction: float = 0.2
+    """Share of each class held out for validation."""
+    seed: int = 0
+    """Another seed draws another split."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which network, from which weights."""
+
+    backbone: str = "efficientnet_b2"
+    """mlp, cnn, vgg16, resnet50, efficientnet_b2, mobilenet_v2, or timm/NAME."""
+    weights: str = "imagenet"
+    """`imagenet` (the library's download), `none` (random), or the path or URI of a .safetensors or state-dict file, or
+    of a folder of NAME.safetensors files. A NAME.json beside a file corrects its preprocessing: size, mean, std, ..."""
+    frozen: bool = False
+    """Train the head alone, on embeddings that are computed once."""
+    dropout: float | None = None
+    """Dropout in the head; the backbone's own when not given."""
+    image_size: int | None = None
+    """Side in pixels of the square the network sees; what its weights were made for when not given."""
+
+    def __post_init__(self) -> None:
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
+        require(self.image_size is None or self.image_size >= 32, "image_size", self.image_size, "must be at least 32")
+        scratch = self.backbone in ("mlp", "cnn") or self.weights == "none"
+        require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitConfig:
+    """How the one training loop trains."""
+
+    epochs: int = 20
+    """At most so many passes over the training photos."""
+    batch_size: int = 64
+    """Photos per optimizer step, over all workers together."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    label_smoothing: float = 0.1
+    """Share of each target spread over all classes."""
+    patience: int = 3
+    """Stop after so many epochs without a better one, by validation accuracy, then loss; the best epoch's weights are
+    restored."""
+    augment: Literal["none", "mirror"] = "mirror"
+    """`mirror` shows each training photo left-right mirrored half of the time."""
+    seed: int = 0
+    """Seeds the head, the order of the photos, augmentation and dropout."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        require(self.patience >= 1, "patience", self.patience, "must be at least 1")
+        require(self.augment in AUGMENTATIONS, "augment", self.augment, f"must be one of {', '.join(AUGMENTATIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """Search backbones and hyperparameters with Ray Tune; write `trials.parquet` and `best.json`."""
+
+    index: str
+    """What `prepare` wrote: its folder, or the index.parquet itself."""
+    out: str
+    """Folder or s3:// prefix for the results. The same command again goes on where a broken run stopped."""
+    trials: int = 8
+    """How many trials to draw."""
+    backbones: tuple[str, ...] = ("cnn", "mobilenet_v2", "efficientnet_b2")
+    """Backbones to compare; each gets the same number of trials."""
+    weights: str = "imagenet"
+    """As for `train`; a folder serves all backbones. `mlp` and `cnn` always start from random weights."""
+    learning_rates: tuple[float, float] = (1e-4, 1e-2)
+    """Lowest and highest learning rate, drawn log-uniformly."""
+    batch_sizes: tuple[int, ...] = (32, 64, 256)
+    """Batch sizes to draw from."""
+    dropouts: tuple[float, ...] = (0.0, 0.2, 0.5)
+    """Dropouts to draw from."""
+    frozen: tuple[bool, ...] = (True,)
+    """Whether pretrained backbones are frozen; give both to search over it."""
+    image_size: int | None = None
+    """As for `train`."""
+    epochs: int = 10
+    """At most so many epochs per trial; ASHA stops the weaker ones early."""
+    patience: int = 3
+    """As for `train`."""
+    augment: Literal["none", "mirror"] = "mirror"
+    """As for `train`."""
+    seed: int = 0
+    """Draws the trials, and seeds each of them alike."""
+    cpus_per_trial: float = 1
+    """CPUs reserved for each trial."""
+    gpus_per_trial: float = 0
+    """GPUs reserved for each trial; a fraction lets several share one."""
+
+    def __post_init__(self) -> None:
+        require(self.trials >= 1, "trials", self.trials, "must be at least 1")
+        require(len(self.backbones) >= 1, "backbones", self.backbones, "name at least one")
+        low, high = self.learning_rates
+        require(0 < low <= high, "learning_rates", self.learning_rates, "give the lower, then the higher, above 0")
+        require(len(self.batch_sizes) >= 1 and min(self.batch_sizes) >= 1, "batch_sizes", self.batch_sizes, "all >= 1")
+        require(len(self.dropouts) >= 1, "dropouts", self.dropouts, "name at least one")
+        require(len(self.frozen) >= 1, "frozen", self.frozen, "give True, False or both")
+        require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
+        require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train the final model with Ray Train; write the model package."""
+
+    index: str
+    """What `prepare` wrote: its folder, or the index.parquet itself."""
+    out: str
+    """Folder or s3:// prefix for the package. The same command again resumes a broken run."""
+    config: str | None = None
+    """The best.json of `tune`: what model and training start from; options given beside it win."""
+    model: ModelConfig = ModelConfig()
+    fit: FitConfig = FitConfig()
+    workers: int = 1
+    """Data-parallel workers."""
+    gpu: bool = False
+    """Give each worker one GPU."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "workers", self.workers, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Score every photo below a place with a model package: one Parquet row per input, exactly once."""
+
+    package: str
+    """What `train` wrote."""
+    images: str
+    """Folder or s3:// prefix; every file below it is an input."""
+    out: str
+    """Folder or s3:// prefix for data/part-*.parquet, manifest.json and _SUCCESS. The same command again resumes."""
+    top_k: int = 3
+    """How many labels and scores each row lists."""
+    shard_rows: int = 1000
+    """Rows per Parquet file: the unit of work, commit and resume."""
+    batch_size: int = 32
+    """Photos per forward pass."""
+    workers: int = 0
+    """Scoring processes; 0 takes one per free CPU, or one per GPU with --gpu."""
+    gpu: bool = False
+    """Give each worker one GPU."""
+    max_error_rate: float = 1.0
+    """Exit 4 when a larger share of the photos is bad; every row is written all the same."""
+
+    def __post_init__(self) -> None:
+        require(self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
+        require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "must be at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require(self.workers >= 0, "workers", self.workers, "must not be negative")
+        require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """Prove a scored output: every planned input has exactly one row, and every file is what the manifest says."""
+
+    out: str
+    """What `score` wrote."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """All of it on this machine, nothing needed: drawn photos, a local S3 server, a local Ray."""
+
+    out: str = "demo-output"
+    """Local folder; each run gets a folder of its own in it."""
+    per_class: int = 200
+    """Photos to draw for each of the three classes."""
+    trials: int = 6
+    """Tune trials to run."""
+    epochs: int = 16
+    """At most so many epochs for each trial and for the final model."""
+    image_size: int = 96
+    """Side in pixels of what the networks see."""
+
+    def __post_init__(self) -> None:
+        require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
+
+
+def to_json(config: Any) -> bytes:
+    """The config as indented JSON with sorted keys, to be kept beside the output it made."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True).encode()

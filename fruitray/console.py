@@ -1,0 +1,75 @@
+"""What a person sees: lines, tables and progress. On a terminal a live bar; in a job's log a line now and then."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_INTERVAL_S = 10.0
+
+_OUT = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line, as it is."""
+    _OUT.print(text, markup=False)
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`rows` as a table, a column per key of the first one, numbers to the right."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(highlight=False, width=None if _OUT.is_terminal else 160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)`; shows how many of `total` `unit` are done, how fast, and what is left."""
+    shown = _live(what, total, unit) if _OUT.is_terminal else _logged(what, total, unit)
+    with shown as advance:
+        yield advance
+
+
+@contextmanager
+def _live(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeRemainingColumn(), console=_OUT) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _logged(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    start = last = time.monotonic()
+    done = 0
+
+    def line() -> None:
+        seconds = max(time.monotonic() - start, 1e-9)
+        say(f"{what}: {done:,} of {total:,} {unit}, {seconds:.0f} s, {done / seconds:,.1f} {unit}/s")
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= LOG_INTERVAL_S:
+            last = time.monotonic()
+            line()
+
+    yield advance
+    line()

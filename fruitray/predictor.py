@@ -1,0 +1,75 @@
+"""List of file contents -> list of `Prediction`, one each, in order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fruitray.backbones import pick_device
+from fruitray.errors import ImageError
+from fruitray.images import decode
+from fruitray.package import Package
+from fruitray.preprocess import stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What is said of one photo. On `status` `error`, the code says why and scores are None."""
+
+    label: str | None = None
+    confidence: float | None = None
+    top_labels: list[str] | None = None
+    top_scores: list[float] | None = None
+    """Softmax shares, falling."""
+    status: str = "ok"
+    error_code: str | None = None
+    error: str | None = None
+    width: int | None = None
+    """Pixels, as is `height`, after EXIF rotation."""
+    height: int | None = None
+
+
+class Predictor:
+    """A package, ready on this process's device. Batches are cut from the readable photos in order, so equal lists give
+    equal predictions."""
+
+    def __init__(self, package: Package, *, top_k: int = 3, batch_size: int = 32) -> None:
+        self.package = package
+        self._top_k = min(top_k, len(package.classes))
+        self._batch_size = batch_size
+        self._device = pick_device()
+        self._model = package.model.to(self._device).eval()
+
+    def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:
+        """One prediction per item; an item that could not be fetched comes as its `ImageError`."""
+        predictions: list[Prediction | None] = []
+        waiting: list[tuple[int, torch.Tensor, int, int]] = []
+        for position, content in enumerate(contents):
+            predictions.append(None)
+            try:
+                if isinstance(content, ImageError):
+                    raise content
+                photo = decode(content)
+            except ImageError as error:
+                predictions[position] = Prediction(status="error", error_code=error.code, error=error.detail)
+                continue
+            square = self.package.model.preprocessing.resize(photo.pixels)
+            waiting.append((position, square, photo.width, photo.height))
+            if len(waiting) == self._batch_size:
+                self._flush(waiting, predictions)
+        if waiting:
+            self._flush(waiting, predictions)
+        return [prediction for prediction in predictions if prediction is not None]
+
+    def _flush(self, waiting: list[tuple[int, torch.Tensor, int, int]], predictions: list[Prediction | None]) -> None:
+        """Predict the waiting photos, write them to their positions, and forget them."""
+        batch = stack([square for _, square, _, _ in waiting]).to(self._device)
+        with torch.inference_mode():
+            shares = self._model(batch).softmax(dim=1).cpu()
+        scores, numbers = shares.topk(self._top_k, dim=1)
+        for (position, _, width, height), row, classes in zip(waiting, scores.tolist(), numbers.tolist(), strict=True):
+            labels = [self.package.classes[number] for number in classes]
+            predictions[position] = Prediction(
+                label=labels[0], confidence=row[0], top_labels=labels, top_scores=row, width=width, height=height
+            )
+        waiting.clear()

@@ -1,0 +1,11 @@
+"""All of it on this machine, nothing needed: drawn photos, a local S3 server, a local Ray.
+
+python -m jobs.demo
+"""
+
+import sys
+
+from fruitray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("demo"))

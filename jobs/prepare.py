@@ -1,0 +1,11 @@
+"""Read every photo once; write the index with a stratified, duplicate-safe split.
+
+ray job submit --working-dir . -- python -m jobs.prepare --images s3://fruit/raw --out s3://fruit/index
+"""
+
+import sys
+
+from fruitray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("prepare"))

@@ -1,0 +1,11 @@
+"""Search backbones and hyperparameters with Ray Tune; write trials.parquet and best.json.
+
+ray job submit --working-dir . -- python -m jobs.tune --index s3://fruit/index --out s3://fruit/tune
+"""
+
+import sys
+
+from fruitray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("tune"))

@@ -1,0 +1,90 @@
+"""A real Ray cluster for the tests, as a person starts one (`ray start --head`), and jobs run on it as processes."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fruitray.s3server import HOST, find_binary, free_ports
+
+ROOT = Path(__file__).resolve().parents[1]
+READY_WITHIN_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running head node. `environment` leads a process to it, with the token and the cluster's storage."""
+
+    environment: dict[str, str]
+    dashboard: str
+
+    def start(self, job: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """`python -m jobs.JOB arguments` as a driver of its own session."""
+        return subprocess.Popen(
+            [sys.executable, "-m", f"jobs.{job}", *arguments],
+            cwd=ROOT,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, job: str, *arguments: str, **environment: str) -> tuple[int, str]:
+        """(exit code, all it printed) of a job."""
+        process = self.start(job, *arguments, **environment)
+        printed, _ = process.communicate(timeout=300)
+        return process.returncode, printed
+
+
+@contextmanager
+def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
+    """A head node with two CPUs; its files lie in `folder`, whose path must be short."""
+    gcs, dashboard, *agents = free_ports(10)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
+    environment |= {
+        **storage,
+        "FRUITRAY_CACHE": str(folder / "cache"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "node-manager")
+    ports = [f"--{name}-port={port}" for name, port in zip((*names, "object-manager"), agents, strict=False)]
+    command = [find_binary("ray") or "ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
+    command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", *ports]
+    command += ["--object-store-memory=500000000", f"--temp-dir={folder / 'ray'}"]
+    with (folder / "log").open("wb") as log:
+        head = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
+        _wait_until_ready(folder, there, head)
+        yield Cluster(there, f"http://{HOST}:{dashboard}")
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def _wait_until_ready(folder: Path, environment: Mapping[str, str], head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    check = [find_binary("ray") or "ray", "status"]
+    while head.poll() is None and time.monotonic() < deadline:
+        if subprocess.run(check, env=dict(environment), capture_output=True).returncode == 0:
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"ray did not start: {(folder / 'log').read_text()[-2000:]}")

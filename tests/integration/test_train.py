@@ -1,0 +1,137 @@
+"""Tuning and training on a real cluster: every backbone's path, several workers, and resuming after a kill."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from fruitray.package import load_package, read_description
+from fruitray.storage import open_storage
+from fruitray.synthetic import photo_set
+from tests.cluster import Cluster
+
+SMALL = ("--image-size", "64", "--batch-size", "16")
+
+
+@pytest.fixture
+def place(aws: str, cluster: Cluster) -> str:
+    """A prefix with 60 photos below raw/ and their index below index/."""
+    root = f"s3://{aws}"
+    raw = open_storage(f"{root}/raw")
+    for key, data in photo_set(20).items():
+        raw.write(key, data)
+    code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
+    assert code == 0, printed
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a weights file for mobilenet_v2, untrained: what counts here is the path it takes."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    save_file(torchvision.models.mobilenet_v2().state_dict(), folder / "mobilenet_v2.safetensors")
+    return folder
+
+
+def _kill_when(job: subprocess.Popen[str], line: str) -> str:
+    """Kill the driver as soon as it has printed `line`; answers what it printed until then."""
+    assert job.stdout
+    printed = ""
+    deadline = time.monotonic() + 180
+    while line not in printed:
+        assert time.monotonic() < deadline, printed
+        read = job.stdout.readline()
+        assert read, printed
+        printed += read
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    return printed
+
+
+def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> None:
+    model, scores = f"{place}/model", f"{place}/scores"
+    network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", *SMALL)
+    code, printed = cluster.run("train", "--index", f"{place}/index", "--out", model, *network)
+    assert code == 0, printed
+    assert load_package(model).description["model"]["backbone"] == "efficientnet_b2"
+    code, printed = cluster.run("score", "--package", model, "--images", f"{place}/raw", "--out", scores)
+    assert code == 0, printed
+    code, printed = cluster.run("verify", "--out", scores)
+    assert (code, "60 inputs, one row each (2 errors)" in printed) == (0, True), printed
+
+
+def test_a_frozen_backbone_is_tuned_and_trained_on_its_embeddings(cluster: Cluster, place: str, weights: Path) -> None:
+    index, tune, model = (f"{place}/{name}" for name in ("index", "tune", "model"))
+    space = ("--backbones", "mobilenet_v2", "cnn", "--weights", str(weights), "--trials", "4")
+    code, printed = cluster.run("tune", "--index", index, "--out", tune, *space, "--image-size", "64", "--epochs", "2")
+    assert code == 0, printed
+    trials = pq.read_table(pa.BufferReader(open_storage(tune).read("trials.parquet"))).to_pylist()
+    assert [row["frozen"] for row in sorted(trials, key=lambda row: row["trial"])] == [True, False, True, False]
+    assert all(row["error"] is None for row in trials)
+    for backbone in ("mobilenet_v2", "cnn"):
+        assert len({row["initial_state_hash"] for row in trials if row["backbone"] == backbone}) == 1
+    network = ("--backbone", "mobilenet_v2", "--weights", str(weights), "--frozen", "--epochs", "2", *SMALL)
+    code, printed = cluster.run("train", "--index", index, "--out", model, *network)
+    assert code == 0, printed
+    state = load_package(model).model.trunk.state_dict()
+    untouched = torchvision.models.mobilenet_v2().state_dict().keys() & state.keys()
+    started = load_package(f"{model}/initial/mobilenet_v2").model.trunk.state_dict()
+    assert untouched
+    assert all(torch.equal(state[name], started[name]) for name in untouched)
+
+
+def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str) -> None:
+    losses = []
+    for workers in ("1", "2"):
+        network = ("--backbone", "mlp", "--weights", "none", "--epochs", "2", "--augment", "none", "--dropout", "0")
+        code, printed = cluster.run(
+            "train", "--index", f"{place}/index", "--out", f"{place}/m{workers}", "--workers", workers, *network, *SMALL
+        )
+        assert code == 0, printed
+        history = read_description(open_storage(f"{place}/m{workers}"))[0]["history"]
+        losses.append([(epoch["train_loss"], epoch["val_loss"]) for epoch in history])
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.02)
+
+
+def test_a_killed_training_resumes_to_the_same_weights(cluster: Cluster, place: str) -> None:
+    network = ("--backbone", "cnn", "--weights", "none", "--epochs", "6", "--patience", "6", *SMALL)
+    places = ("--index", f"{place}/index", "--out")
+    assert cluster.run("train", *places, f"{place}/calm", *network)[0] == 0
+    _kill_when(cluster.start("train", *places, f"{place}/killed", *network), "epoch 3 of 6")
+    code, printed = cluster.run("train", *places, f"{place}/killed", *network)
+    assert code == 0, printed
+    assert "epoch 1 of 6" not in printed, "it must go on, not start again"
+    calm, killed = (read_description(open_storage(f"{place}/{name}"))[0] for name in ("calm", "killed"))
+    assert len(killed["history"]) == 6
+    assert killed["weights_sha256"] == calm["weights_sha256"]
+    code, printed = cluster.run("train", *places, f"{place}/killed", *network, "--seed", "1")
+    assert code == 5, printed
+
+
+def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
+    space = ("--backbones", "cnn", "--trials", "4", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
+    arguments = ("--index", f"{place}/index", "--out", f"{place}/tune", *space)
+    _kill_when(cluster.start("tune", *arguments), "tune: 2 of 4 trials")
+    code, printed = cluster.run("tune", *arguments)
+    assert code == 0, printed
+    trials = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet"))).to_pylist()
+    assert sorted(row["trial"] for row in trials) == [0, 1, 2, 3]
+    assert all(row["error"] is None for row in trials)
+    assert "number 0" not in printed, "a finished trial is not run again"
+
+
+def test_missing_weights_end_in_one_sentence_with_the_three_choices(cluster: Cluster, place: str) -> None:
+    arguments = ("--index", f"{place}/index", "--out", f"{place}/model", "--backbone", "resnet50")
+    code, printed = cluster.run("train", *arguments, "--weights", f"{place}/absent")
+    assert code == 6
+    last = printed.strip().splitlines()[-1]
+    assert all(choice in last for choice in ("--weights imagenet", "--weights none", "--weights PATH_OR_URI")), printed

@@ -1,0 +1,345 @@
+"""Behaviour of the networks: how big they are, where their weights come from, and what is refused."""
+
+import hashlib
+import json
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fruitray.backbones import Classifier, build, freeze, parameter_counts, skeleton, state_hash
+from fruitray.config import ModelConfig
+from fruitray.errors import ModelRejectedError, UsageError, WeightsError
+from fruitray.preprocess import Preprocessing
+from fruitray.synthetic import LABELS, draw
+
+TIMM = "timm/tf_efficientnetv2_b0"
+
+
+def new(backbone: str, seed: int = 0, **settings: Any) -> Classifier:
+    """A network of random weights with three classes."""
+    return build(ModelConfig(**{"backbone": backbone, "weights": "none", **settings}), 3, seed)[0]
+
+
+def photos(size: int, count: int = 4) -> torch.Tensor:
+    """(count, 3, size, size) uint8, each drawn anew."""
+    images = [draw(LABELS[number % 3], number, (size, size)) for number in range(count)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def logits(model: Classifier, batch: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(batch)
+
+
+def save_mobilenet(path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda state: None) -> str:
+    """A file of torchvision's own MobileNetV2 state, after `change`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        state = torchvision.models.mobilenet_v2().state_dict()
+    change(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return str(path)
+
+
+def from_file(path: str, **settings: Any) -> Classifier:
+    return new("mobilenet_v2", weights=path, image_size=64, **settings)
+
+
+def first_layer(model: Classifier) -> list[Any]:
+    return next(model.trunk.parameters()).tolist()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No name can be resolved, and no download is cached."""
+
+    def refuse(*args: Any, **settings: Any) -> Any:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_perceptron_is_the_reports() -> None:
+    assert parameter_counts(new("mlp")) == (68_851_023, 68_851_023)
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.7])
+def test_the_small_convolutional_network_is_the_reports(dropout: float | None) -> None:
+    assert parameter_counts(new("cnn", dropout=dropout))[0] == 9_966_691
+
+
+@pytest.mark.parametrize(("backbone", "embedding"), [("resnet50", 2048), ("vgg16", 4096)])
+def test_the_reports_head_has_two_layers_256_wide(backbone: str, embedding: int) -> None:
+    model = new(backbone)
+    layers = [(layer.in_features, layer.out_features) for layer in model.head if isinstance(layer, nn.Linear)]
+    assert layers == [(embedding, 256), (256, 3)]
+    head = embedding * 256 + 256 + 256 * 3 + 3
+    freeze(model)
+    assert parameter_counts(model)[1] == head
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.35])
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", TIMM])
+def test_dropout_is_what_was_asked_for(backbone: str, dropout: float) -> None:
+    model = new(backbone, dropout=dropout, image_size=64)
+    assert {layer.p for layer in model.head if isinstance(layer, nn.Dropout)} == {dropout}
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", TIMM])
+def test_the_seed_fixes_every_bit(backbone: str) -> None:
+    first, again, other = (state_hash(new(backbone, seed, image_size=64).state_dict()) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_building_leaves_the_callers_randomness_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4).tolist()
+    torch.manual_seed(3)
+    new("cnn", image_size=64)
+    assert torch.rand(4).tolist() == expected
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", "resnet50", "efficientnet_b2", TIMM])
+def test_a_skeleton_holds_the_weights_of_what_was_built(backbone: str) -> None:
+    model = new(backbone, seed=1, image_size=64)
+    bones = skeleton(ModelConfig(backbone=backbone), 3, model.preprocessing)
+    bones.load_state_dict(model.state_dict())
+    batch = photos(64)
+    assert torch.equal(logits(bones, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientvit_b0", "vit_tiny_patch16_224", "ghostnet_100"])
+def test_any_timm_network_gets_a_head_that_fits(name: str) -> None:
+    model = new(f"timm/{name}")
+    assert logits(model, photos(model.preprocessing.size, 2)).shape == (2, 3)
+
+
+def test_a_network_normalises_the_photos_itself() -> None:
+    model, batch = new("cnn", image_size=64).eval(), photos(64)
+    with torch.inference_mode():
+        expected = model.trunk(batch / 127.5 - 1)
+        torch.testing.assert_close(model.embed(batch), expected, rtol=0.02, atol=0.02)
+
+
+def test_embeddings_and_logits_are_float32() -> None:
+    model, batch = new("mobilenet_v2", image_size=64).eval(), photos(64)
+    with torch.inference_mode():
+        assert model.embed(batch).dtype == model(batch).dtype == torch.float32
+
+
+def test_freezing_leaves_the_head_to_train() -> None:
+    model = new("mobilenet_v2")
+    freeze(model)
+    assert parameter_counts(model) == (parameter_counts(new("mobilenet_v2"))[0], parameter_counts(model.head)[0])
+
+
+def test_preprocessing_comes_with_the_backbone_and_the_size_can_be_asked_for() -> None:
+    given = new("efficientnet_b2").preprocessing
+    assert (given.size, given.crop, given.interpolation) == (288, 1.0, "bicubic")
+    assert new("resnet50", image_size=96).preprocessing == Preprocessing(size=96, crop=224 / 232)
+    timms = new(TIMM).preprocessing
+    assert (timms.size, timms.crop, timms.interpolation) == (224, 0.875, "bicubic")
+
+
+def test_state_hash_tells_names_types_shapes_and_values_apart() -> None:
+    tensor = torch.arange(16.0).reshape(1, 4, 2, 2)
+    hashes = [
+        state_hash(state)
+        for state in (
+            {"a": tensor},
+            {"b": tensor},
+            {"a": tensor.reshape(1, 2, 4, 2)},
+            {"a": tensor.to(torch.int32).view(torch.float32)},
+            {"a": tensor.view(torch.int32)},
+            {"a": -tensor},
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert state_hash({"a": tensor.to(memory_format=torch.channels_last)}) == hashes[0]
+
+
+@pytest.mark.parametrize("backbone", ["resnet5", "timm/no_such_net", "timm/resnet18.no_such_tag", ""])
+def test_an_unknown_backbone_is_refused_by_name(backbone: str) -> None:
+    with pytest.raises(UsageError, match=f"--backbone {backbone}"):
+        new(backbone)
+
+
+def test_a_network_of_one_size_takes_no_other() -> None:
+    with pytest.raises(UsageError, match="image-size 64"):
+        new("timm/vit_tiny_patch16_224", image_size=64)
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 1.0}, {"image_size": 8}, {"frozen": True, "backbone": "cnn"}])
+def test_a_config_refuses_nonsense_by_name(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(settings)).replace('_', '-')}"):
+        ModelConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth", "m.pt", "m.bin"])
+def test_a_weights_file_is_loaded_and_its_hash_kept(tmp_path: Path, name: str) -> None:
+    path = save_mobilenet(tmp_path / name)
+    model, weights = build(ModelConfig(backbone="mobilenet_v2", weights=path), 3, seed=1)
+    expected = new("mobilenet_v2", seed=7)
+    assert first_layer(model) == first_layer(expected)
+    assert weights.source == path
+    assert weights.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_a_folder_of_weights_serves_each_backbone_by_name(tmp_path: Path) -> None:
+    save_mobilenet(tmp_path / "mobilenet_v2.safetensors")
+    network = timm.create_model("mobilenetv3_small_050")
+    save_file(network.state_dict(), tmp_path / "mobilenetv3_small_050.safetensors")
+    assert first_layer(from_file(str(tmp_path))) == first_layer(new("mobilenet_v2", seed=7))
+    found = new("timm/mobilenetv3_small_050", weights=f"{tmp_path}/", image_size=64)
+    assert first_layer(found) == next(network.parameters()).tolist()
+
+
+def test_a_head_in_the_file_is_not_needed_and_not_used(tmp_path: Path) -> None:
+    def drop_head(state: dict[str, torch.Tensor]) -> None:
+        del state["classifier.1.weight"], state["classifier.1.bias"]
+
+    whole = from_file(save_mobilenet(tmp_path / "whole.safetensors"))
+    headless = from_file(save_mobilenet(tmp_path / "headless.safetensors", drop_head))
+    assert state_hash(whole.state_dict()) == state_hash(headless.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("features.1.conv.1.weight"),
+        lambda state: state.update(extra=torch.zeros(1)),
+        lambda state: state.update({"features.0.0.weight": torch.zeros(8, 3, 3, 3)}),
+        lambda state: state.clear(),
+    ],
+    ids=["one missing", "one too many", "another shape", "nothing"],
+)
+def test_weights_of_another_network_are_rejected(tmp_path: Path, change: Any) -> None:
+    path = save_mobilenet(tmp_path / "m.safetensors", change)
+    with pytest.raises(ModelRejectedError, match=r"m\.safetensors.*another network"):
+        from_file(path)
+
+
+class _Payload:
+    """What a hostile pickle does: it leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_a_hostile_pickle_is_rejected_and_never_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps({"features.0.0.weight": _Payload(tmp_path / "mark")}, protocol=2))
+    torch.save({"features.0.0.weight": _Payload(tmp_path / "mark")}, tmp_path / f"zipped-{name}")
+    for path in (tmp_path / name, tmp_path / f"zipped-{name}"):
+        with pytest.raises(ModelRejectedError, match="not a file of weights"):
+            from_file(str(path))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\xff" * 64])
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_a_file_of_something_else_is_rejected(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelRejectedError, match="not a file of weights"):
+        from_file(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("checkpoint", [{"epoch": 3}, {"state_dict": {}}, [1, 2], {4: "x"}])
+def test_a_checkpoint_of_more_than_tensors_is_rejected(tmp_path: Path, checkpoint: Any) -> None:
+    torch.save(checkpoint, tmp_path / "m.pth")
+    with pytest.raises(ModelRejectedError, match="not a file of weights"):
+        from_file(str(tmp_path / "m.pth"))
+
+
+@pytest.mark.parametrize("path", ["no.safetensors", "no/such/folder"])
+def test_missing_weights_name_the_three_choices(tmp_path: Path, path: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        from_file(str(tmp_path / path))
+    assert "does not exist" in str(caught.value)
+    for choice in ("--weights imagenet", "--weights none", "--weights PATH_OR_URI"):
+        assert choice in str(caught.value)
+
+
+def test_a_json_file_beside_the_weights_corrects_the_preprocessing(tmp_path: Path) -> None:
+    path = save_mobilenet(tmp_path / "m.safetensors")
+    before = new("mobilenet_v2", weights=path).preprocessing
+    (tmp_path / "m.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 192}))
+    after = new("mobilenet_v2", weights=path).preprocessing
+    half = (0.5, 0.5, 0.5)
+    assert after == Preprocessing(size=192, crop=before.crop, interpolation=before.interpolation, mean=half, std=half)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", '{"size": 0}', '{"size": "big"}', '{"colour": 1}', '{"std": [1]}'])
+def test_a_json_file_that_is_no_preprocessing_is_rejected(tmp_path: Path, text: str) -> None:
+    path = save_mobilenet(tmp_path / "m.safetensors")
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(ModelRejectedError, match=r"m\.json"):
+        from_file(path)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", TIMM])
+def test_a_failed_download_ends_soon_and_names_the_three_choices(backbone: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(WeightsError, match=r"the download failed.*imagenet.*none.*PATH_OR_URI"):
+        new(backbone, weights="imagenet")
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.usefixtures("no_network")
+def test_torchvisions_cached_download_needs_no_network(tmp_path: Path) -> None:
+    url = torchvision.models.MobileNet_V2_Weights.DEFAULT.url
+    save_mobilenet(tmp_path / "torch/hub/checkpoints" / url.rpartition("/")[2])
+    model, weights = build(ModelConfig(backbone="mobilenet_v2"), 3)
+    assert first_layer(model) == first_layer(new("mobilenet_v2", seed=7))
+    assert weights.source == url
+    assert weights.sha256
+
+
+@pytest.mark.usefixtures("no_network")
+def test_timms_cached_download_needs_no_network(tmp_path: Path) -> None:
+    name = "mobilenetv3_small_050"
+    repo = tmp_path / "hub" / f"models--{timm.get_pretrained_cfg(name).hf_hub_id.replace('/', '--')}"
+    (repo / "snapshots/abc").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("abc")
+    network = timm.create_model(name)
+    save_file(network.state_dict(), repo / "snapshots/abc/model.safetensors")
+    model, weights = build(ModelConfig(backbone=f"timm/{name}"), 3)
+    assert first_layer(model) == next(network.parameters()).tolist()
+    assert weights.sha256 == state_hash(network.state_dict())
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", TIMM])
+def test_real_weights_load_and_tell_photos_apart(shared_weights: Path, backbone: str) -> None:
+    model, weights = build(ModelConfig(backbone=backbone, weights=str(shared_weights), image_size=96), 3)
+    file = shared_weights / f"{backbone.removeprefix('timm/')}.safetensors"
+    assert weights.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    loaded, trunk = load_file(file), model.trunk.state_dict()
+    for name, tensor in trunk.items():
+        assert torch.equal(tensor, loaded[name].reshape(tensor.shape)), name
+    with torch.inference_mode():
+        embeddings = model.eval().embed(photos(96))
+    assert embeddings.shape == (4, 1280)
+    assert embeddings.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(embeddings[:1], embeddings[1:]).max() < 0.999

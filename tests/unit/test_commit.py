@@ -1,0 +1,696 @@
+"""Behaviour of the exactly-once protocol: whatever is killed, lost or raced, each input ends in one row, or an error
+says what is wrong (design: exactly-once.md)."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fruitray.commit import (
+    MANIFEST,
+    PLAN,
+    SCHEMA,
+    SUCCESS,
+    Part,
+    Plan,
+    adopt_plan,
+    commit,
+    committed_shards,
+    finish,
+    is_finished,
+    part_key,
+    read_inputs,
+    read_manifest,
+    read_plan,
+    verify,
+    write_plan,
+)
+from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
+from fruitray.predictor import Prediction
+from fruitray.storage import Entry, LocalStorage, Storage
+
+IMAGES = "s3://fruit/photos"
+SETTINGS = {"images": IMAGES, "model_id": "model-a", "top_k": 3}
+OTHER_SETTINGS = SETTINGS | {"model_id": "model-b"}
+SHARD_ROWS = 3
+ODD_KEYS = ["a b.jpg", "ä/果.jpg", "tab\t.jpg", "quote'\".jpg", "a//b.jpg", "../up.jpg", "line\nfeed.jpg"]
+
+
+def inputs(count: int = 7) -> list[Entry]:
+    return [Entry(f"apple/{number}.jpg", 100 + number, f"v{number}") for number in range(count)]
+
+
+class Memory(Storage):
+    """An object store in a dict. A weak one ignores `If-None-Match`."""
+
+    def __init__(self, *, weak: bool = False) -> None:
+        super().__init__("memory://out")
+        self.objects: dict[str, bytes] = {}
+        self.weak = weak
+        self._lock = Lock()
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return iter([Entry(key, len(data), "") for key, data in [*self.objects.items()] if key.startswith(prefix)])
+
+    def read(self, key: str, etag: str = "") -> bytes:
+        if key not in self.objects:
+            raise NotFoundError(self.uri_of(key), "there is no such object")
+        return self.objects[key]
+
+    def write(self, key: str, data: bytes) -> None:
+        raise AssertionError("nothing in a scored output is ever replaced")
+
+    def create(self, key: str, data: bytes) -> bool:
+        with self._lock:
+            if key in self.objects and not self.weak:
+                return False
+            self.objects[key] = data
+            return True
+
+    def exists(self, key: str) -> bool:
+        return key in self.objects
+
+    def check(self) -> None: ...
+
+
+Hook = Callable[[int, str], None]
+
+
+class Watched(Storage):
+    """`inner`, where `hook(number of the operation, "before" or "after" it)` may kill or interrupt the caller."""
+
+    def __init__(self, inner: Storage, hook: Hook) -> None:
+        super().__init__(inner.uri)
+        self.inner, self.hook, self.numbers = inner, hook, count()
+        self.writes = list[str]()
+
+    def _do(self, operation: Callable[[], Any]) -> Any:
+        number = next(self.numbers)
+        self.hook(number, "before")
+        result = operation()
+        self.hook(number, "after")
+        return result
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return iter(self._do(lambda: [*self.inner.list(prefix)]))
+
+    def read(self, key: str, etag: str = "") -> bytes:
+        return self._do(lambda: self.inner.read(key, etag))
+
+    def write(self, key: str, data: bytes) -> None:
+        self._do(lambda: self.inner.write(key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.writes.append(key)
+        return self._do(lambda: self.inner.create(key, data))
+
+    def exists(self, key: str) -> bool:
+        return self._do(lambda: self.inner.exists(key))
+
+    def check(self) -> None: ...
+
+
+class KilledError(Exception):
+    """The driver is gone: nothing may catch this."""
+
+
+def kill_at(number: int, moment: str, error: Exception | None = None) -> Hook:
+    def hook(here: int, now: str) -> None:
+        if (here, now) == (number, moment):
+            raise error or KilledError
+
+    return hook
+
+
+def predictions(entries: Sequence[Entry], model_id: str) -> list[Prediction]:
+    """What a model says: follows from the photo and the model, as in real life. Every fifth photo is bad."""
+    said = []
+    for entry in entries:
+        if entry.size % 5 == 0:
+            said.append(Prediction(status="error", error_code="E_TRUNCATED", error="the file ends early"))
+            continue
+        labels = ["apple", "pear"] if model_id == "model-a" else ["pear", "apple"]
+        said.append(
+            Prediction(
+                label=labels[0], confidence=0.75, top_labels=labels, top_scores=[0.75, 0.25], width=30, height=20
+            )
+        )
+    return said
+
+
+def commit_shard(out: Storage, plan: Plan, shard: int, entries: Sequence[Entry]) -> bool:
+    uris, etags = [f"{IMAGES}/{entry.key}" for entry in entries], [entry.etag for entry in entries]
+    model_id = plan.settings["model_id"]
+    return commit(out, plan, shard, uris, etags, predictions(entries, model_id), model_id)
+
+
+def drive(out: Storage, wanted: dict[str, Any] = SETTINGS, entries: Sequence[Entry] | None = None) -> list[Part]:
+    """One run of the score job."""
+    plan = adopt_plan(out, wanted) or write_plan(out, wanted, entries or inputs(), SHARD_ROWS)
+    if is_finished(out):
+        return read_manifest(out)
+    done = committed_shards(out, plan)
+    for shard, rows in enumerate(read_inputs(out, plan)):
+        if shard not in done:
+            commit_shard(out, plan, shard, rows)
+    return finish(out, plan, IMAGES)
+
+
+def operations(out: Storage) -> int:
+    """How many storage operations one undisturbed run takes."""
+    watched = Watched(out, lambda number, moment: None)
+    drive(watched)
+    return next(watched.numbers)
+
+
+def contents(out: Storage) -> dict[str, bytes]:
+    return {entry.key: out.read(entry.key) for entry in out.list()}
+
+
+def rows_of(out: Storage) -> list[dict[str, Any]]:
+    keys = sorted(entry.key for entry in out.list("data/"))
+    return [row for key in keys for row in pq.read_table(pa.BufferReader(out.read(key))).to_pylist()]
+
+
+def require_one_row_each(out: Storage) -> None:
+    """The output verifies, and holds the planned inputs, each in one row of the planned model."""
+    parts = verify(out)
+    plan = read_plan(out)
+    planned = [entry for rows in read_inputs(out, plan) for entry in rows]
+    rows = rows_of(out)
+    assert Counter(row["uri"] for row in rows) == {f"{IMAGES}/{entry.key}": 1 for entry in planned}
+    assert {row["model_id"] for row in rows} == {plan.settings["model_id"]}
+    assert sum(part.rows for part in parts) == plan.rows == len(planned)
+
+
+@pytest.fixture(params=["strict", "weak", "local"])
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Storage]:
+    """Makes empty stores of one kind."""
+    numbers = count()
+    if request.param == "local":
+        return lambda: LocalStorage(str(tmp_path / f"{next(numbers)}"))
+    return lambda: Memory(weak=request.param == "weak")
+
+
+# ---- An undisturbed run
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 100])
+def test_every_input_gets_one_row(count: int, new_store: Callable[[], Storage]) -> None:
+    out = new_store()
+    parts = drive(out, entries=inputs(count))
+    require_one_row_each(out)
+    assert [row["uri"] for row in rows_of(out)] == [f"{IMAGES}/{entry.key}" for entry in inputs(count)]
+    assert [row["etag"] for row in rows_of(out)] == [entry.etag for entry in inputs(count)]
+    assert [part.rows for part in parts] == [min(SHARD_ROWS, count - start) for start in range(0, count, SHARD_ROWS)]
+    assert verify(out) == read_manifest(out) == parts
+
+
+def test_the_manifest_counts_labels_and_errors() -> None:
+    out = Memory()
+    parts = drive(out)  # sizes 100 to 106: photos 0 and 5 are bad
+    assert [part.labels for part in parts] == [{"apple": 2}, {"apple": 2}, {"apple": 1}]
+    assert [part.errors for part in parts] == [{"E_TRUNCATED": 1}, {"E_TRUNCATED": 1}, {}]
+    assert json.loads(out.read(MANIFEST))["rows"] == 7
+
+
+def test_a_row_says_all_that_was_predicted() -> None:
+    out = Memory()
+    drive(out)
+    bad, good = rows_of(out)[:2]
+    assert [*good] == SCHEMA.names
+    assert good["uri"] == f"{IMAGES}/apple/1.jpg"
+    assert (good["label"], good["confidence"], good["status"], good["error_code"]) == ("apple", 0.75, "ok", None)
+    assert (good["top_labels"], good["top_scores"]) == (["apple", "pear"], [0.75, 0.25])
+    assert (good["width"], good["height"], good["etag"], good["model_id"]) == (30, 20, "v1", "model-a")
+    assert (bad["status"], bad["error_code"], bad["error"]) == ("error", "E_TRUNCATED", "the file ends early")
+    assert (bad["label"], bad["confidence"], bad["top_scores"]) == (None, None, None)
+
+
+def test_odd_keys_stand_in_the_rows_verbatim() -> None:
+    out = Memory()
+    drive(out, entries=[Entry(key, 1, "v") for key in ODD_KEYS])
+    assert [row["uri"] for row in rows_of(out)] == [f"{IMAGES}/{key}" for key in ODD_KEYS]
+    require_one_row_each(out)
+
+
+def test_planned_inputs_are_read_back_whole() -> None:
+    out = Memory()
+    entries = [*inputs(4), Entry("link.jpg", 9, "v", "symlink"), Entry("pipe", 0, "", "special")]
+    plan = write_plan(out, SETTINGS, entries, SHARD_ROWS)
+    assert [*read_inputs(out, plan)] == [entries[:3], entries[3:]]
+    assert (plan.rows, plan.shards) == (6, 2)
+
+
+def test_a_finished_output_is_frozen(new_store: Callable[[], Storage]) -> None:
+    out = new_store()
+    drive(out)
+    before = contents(out)
+    watched = Watched(out, lambda number, moment: None)
+    assert drive(watched) == read_manifest(out)
+    assert watched.writes == []
+    assert contents(out) == before
+
+
+def test_no_seal_before_all_shards_are_there() -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    shards = [*read_inputs(out, plan)]
+    commit_shard(out, plan, 2, shards[2])
+    assert committed_shards(out, plan) == {2}
+    with pytest.raises(TryAgainError, match="2 of 3 shards"):
+        finish(out, plan, IMAGES)
+    assert not out.exists(MANIFEST)
+    assert not is_finished(out)
+
+
+# ---- KilledError anywhere
+
+
+def test_killed_at_any_moment_the_same_command_completes_the_same_output(new_store: Callable[[], Storage]) -> None:
+    undisturbed = new_store()
+    total = operations(undisturbed)
+    assert total > 15
+    for number in range(total):
+        for moment in ("before", "after"):
+            out = new_store()
+            with pytest.raises(KilledError):
+                drive(Watched(out, kill_at(number, moment)))
+            drive(out)
+            require_one_row_each(out)
+            assert contents(out) == contents(undisturbed), (number, moment)
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_a_write_that_happened_but_was_reported_lost_is_found_again(weak: bool) -> None:
+    undisturbed = Memory(weak=weak)
+    for number in range(operations(undisturbed)):
+        out = Memory(weak=weak)
+        lost = kill_at(number, "after", TryAgainError(out.uri, "no answer"))
+        with pytest.raises(TryAgainError):
+            drive(Watched(out, lost))
+        drive(out)
+        assert contents(out) == contents(undisturbed), number
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.booleans(), st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["before", "after"])), max_size=6))
+def test_killed_again_and_again_it_still_completes(weak: bool, deaths: list[tuple[int, str]]) -> None:
+    out, undisturbed = Memory(weak=weak), Memory(weak=weak)
+    drive(undisturbed)
+    for number, moment in deaths:
+        try:
+            drive(Watched(out, kill_at(number, moment)))
+        except KilledError:
+            continue
+    drive(out)
+    assert contents(out) == contents(undisturbed)
+    require_one_row_each(out)
+
+
+def test_a_file_half_written_by_a_killed_machine_does_no_harm(tmp_path: Path) -> None:
+    out = LocalStorage(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f".{'0' * 32}.fruitray-tmp").write_bytes(b"PAR1 and then nothing")
+    drive(out)
+    require_one_row_each(out)
+
+
+# ---- Two drivers
+
+
+def interrupted_by(number: int, moment: str, other: Callable[[], object]) -> Hook:
+    """At that moment another driver runs from start to end."""
+
+    def hook(here: int, now: str) -> None:
+        if (here, now) == (number, moment):
+            other()
+
+    return hook
+
+
+@pytest.mark.parametrize("weak", [False, True])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_twin_at_any_moment_changes_nothing(weak: bool, moment: str) -> None:
+    undisturbed = Memory(weak=weak)
+    for number in range(operations(undisturbed)):
+        out = Memory(weak=weak)
+        drive(Watched(out, interrupted_by(number, moment, lambda out=out: drive(out))))
+        assert contents(out) == contents(undisturbed), number
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_of_two_different_jobs_one_wins_and_the_other_is_told(moment: str) -> None:
+    total = operations(Memory())
+    losers = Counter[str]()
+    for number in range(total):
+        out, refused = Memory(), list[str]()
+
+        def other(out: Memory = out, refused: list[str] = refused) -> None:
+            try:
+                drive(out, OTHER_SETTINGS)
+            except OutputConflictError:
+                refused.append("second")
+
+        try:
+            drive(Watched(out, interrupted_by(number, moment, other)))
+        except OutputConflictError:
+            refused.append("first")
+        require_one_row_each(out)
+        assert len(refused) == 1, (number, refused)
+        losers.update(refused)
+    assert set(losers) == {"first", "second"}  # both outcomes were seen
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_twin_that_listed_other_photos_adopts_the_plan_that_stands(moment: str) -> None:
+    for number in range(operations(Memory())):
+        out = Memory()
+        drive(Watched(out, interrupted_by(number, moment, lambda out=out: drive(out, entries=inputs(9)))))
+        require_one_row_each(out)
+        assert len(rows_of(out)) in (7, 9)
+
+
+Step = tuple[int, str, bool, int]  # at which operation, before or after it, whether killed there, which job
+
+
+def run_nested(out: Memory, schedule: Sequence[Step]) -> None:
+    """The first driver runs; at its moment the rest of the schedule happens; then it goes on, or is killed."""
+    (number, moment, killed, job), *rest = schedule
+
+    def hook(here: int, now: str) -> None:
+        if (here, now) == (number, moment):
+            if rest:
+                run_nested(out, rest)
+            if killed:
+                raise KilledError
+
+    wanted = (SETTINGS, SETTINGS, OTHER_SETTINGS)[job]
+    try:
+        drive(Watched(out, hook), wanted, inputs(9 if job == 1 else 7))
+    except (KilledError, OutputConflictError):
+        return
+
+
+schedules = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from(["before", "after"]), st.booleans(), st.integers(0, 2)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(schedules)
+def test_any_mix_of_jobs_zombies_and_deaths_ends_in_one_row_each(schedule: list[Step]) -> None:
+    out = Memory()
+    run_nested(out, schedule)
+    drive(out, read_plan(out).settings if out.exists(PLAN) else SETTINGS)
+    require_one_row_each(out)
+
+
+@settings(deadline=None, max_examples=80)
+@given(schedules)
+def test_on_a_weak_store_a_mix_of_jobs_is_right_or_is_told(schedule: list[Step]) -> None:
+    out = Memory(weak=True)
+    run_nested(out, schedule)
+    try:
+        drive(out, read_plan(out).settings if out.exists(PLAN) else SETTINGS)
+        verify(out)
+    except OutputConflictError:
+        return
+    require_one_row_each(out)
+
+
+def test_drivers_that_really_run_at_once_agree(new_store: Callable[[], Storage]) -> None:
+    out, undisturbed = new_store(), new_store()
+    drive(undisturbed)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(lambda _: drive(out), range(4))]
+    assert answers == [verify(out)] * 4
+    assert contents(out) == contents(undisturbed)
+
+
+# ---- Zombies, conflicts and strangers
+
+
+def test_a_zombie_that_commits_late_changes_nothing(new_store: Callable[[], Storage]) -> None:
+    out = new_store()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    shards = [*read_inputs(out, plan)]
+    assert commit_shard(out, plan, 1, shards[1])
+    drive(out)
+    before = contents(out)
+    assert [commit_shard(out, plan, shard, rows) for shard, rows in enumerate(shards)] == [False] * 3
+    assert contents(out) == before
+
+
+def test_a_zombie_of_another_plan_is_refused_and_changes_nothing(new_store: Callable[[], Storage]) -> None:
+    elsewhere, out = new_store(), new_store()
+    foreign = write_plan(elsewhere, OTHER_SETTINGS, inputs(), SHARD_ROWS)
+    drive(out)
+    before = contents(out)
+    with pytest.raises(OutputConflictError, match="another plan"):
+        commit_shard(out, foreign, 0, inputs()[:3])
+    assert contents(out) == before
+
+
+def test_a_shard_committed_with_other_inputs_is_refused() -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    commit_shard(out, plan, 0, inputs()[:3])
+    with pytest.raises(OutputConflictError, match="planned inputs"):
+        commit_shard(out, plan, 0, inputs()[3:6])
+
+
+@pytest.mark.parametrize("standing", [b"", b"no Parquet at all", b"PAR1 half"])
+def test_something_else_in_a_shards_place_is_refused(standing: bytes) -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    out.objects[part_key(0)] = standing
+    with pytest.raises(OutputConflictError, match="part-000000"):
+        commit_shard(out, plan, 0, inputs()[:3])
+    assert out.objects[part_key(0)] == standing
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        (OTHER_SETTINGS, ["model_id", "model-a", "model-b"]),
+        (SETTINGS | {"top_k": 5}, ["top_k", "3", "5"]),
+        (SETTINGS | {"embed": True}, ["embed", "True"]),
+        ({key: value for key, value in SETTINGS.items() if key != "top_k"}, ["top_k", "3"]),
+    ],
+)
+def test_another_jobs_output_is_refused_by_naming_what_differs(wanted: dict[str, Any], named: list[str]) -> None:
+    out = Memory()
+    write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    before = dict(out.objects)
+    for attempt in (lambda: adopt_plan(out, wanted), lambda: drive(out, wanted)):
+        with pytest.raises(OutputConflictError) as caught:
+            attempt()
+        assert [word for word in named if word not in str(caught.value)] == []
+    assert out.objects == before
+
+
+def test_there_is_no_plan_to_adopt_in_an_empty_place() -> None:
+    assert adopt_plan(Memory(), SETTINGS) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"version": 9}', b"\xff\xfe"])
+def test_a_plan_of_another_program_is_refused(data: bytes) -> None:
+    out = Memory()
+    out.objects[PLAN] = data
+    with pytest.raises(OutputConflictError, match="no plan"):
+        adopt_plan(out, SETTINGS)
+
+
+def test_the_plan_is_named_by_what_it_holds() -> None:
+    def name(entries: list[Entry], wanted: dict[str, Any] = SETTINGS, shard_rows: int = SHARD_ROWS) -> str:
+        return write_plan(Memory(), wanted, entries, shard_rows).hash
+
+    changed = [replace(inputs()[0], etag="v0 again"), *inputs()[1:]]
+    names = [
+        name(inputs()),
+        name(changed),
+        name(inputs(6)),
+        name(inputs(), OTHER_SETTINGS),
+        name(inputs(), shard_rows=4),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(inputs()) == names[0]
+
+
+@pytest.mark.parametrize("stranger", ["data/part-000003.parquet", "data/notes.txt", "data/old/part-000000.parquet"])
+def test_a_stranger_among_the_parts_is_named_and_nothing_sealed(stranger: str) -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    for shard, rows in enumerate(read_inputs(out, plan)):
+        commit_shard(out, plan, shard, rows)
+    out.objects[stranger] = b"hello"
+    with pytest.raises(OutputConflictError, match=stranger):
+        finish(out, plan, IMAGES)
+    assert not is_finished(out)
+    del out.objects[stranger]
+    finish(out, plan, IMAGES)
+    out.objects[stranger] = b"hello"
+    with pytest.raises(OutputConflictError, match=stranger):
+        verify(out)
+
+
+@pytest.mark.parametrize("key", ["data/", "data/.DS_Store", "data/.cache/x"])
+def test_what_a_file_manager_leaves_does_no_harm(key: str) -> None:
+    out = Memory()
+    out.objects[key] = b""
+    drive(out)
+    verify(out)
+
+
+# ---- A weak store
+
+
+def test_the_plan_says_whether_the_store_creates_only_once(new_store: Callable[[], Storage]) -> None:
+    out = new_store()
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    assert plan.created_atomically is not (isinstance(out, Memory) and out.weak)
+    assert read_plan(out) == plan
+
+
+def test_on_a_weak_store_a_committed_part_is_not_written_again() -> None:
+    out = Memory(weak=True)
+    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    assert commit_shard(out, plan, 0, inputs()[:3])
+    watched = Watched(out, lambda number, moment: None)
+    assert not commit_shard(watched, plan, 0, inputs()[:3])
+    assert watched.writes == []
+
+
+# ---- Verify
+
+
+def finished() -> Memory:
+    out = Memory()
+    drive(out)
+    verify(out)
+    return out
+
+
+def rewritten(out: Memory, shard: int, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Replace a part by a changed one that keeps the marks of its plan."""
+    table = pq.read_table(pa.BufferReader(out.objects[part_key(shard)]))
+    sink = pa.BufferOutputStream()
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), sink)
+    out.objects[part_key(shard)] = sink.getvalue().to_pybytes()
+
+
+def set_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    position = table.schema.get_field_index(name)
+    return table.set_column(
+        position, table.schema.field(position), [pa.array(values, table.schema.field(position).type)]
+    )
+
+
+def edited(out: Memory, key: str, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(out.objects[key])
+    change(value)
+    out.objects[key] = json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def swap(out: Memory) -> None:
+    first, second = part_key(0), part_key(1)
+    out.objects[first], out.objects[second] = out.objects[second], out.objects[first]
+
+
+def drop_inputs(out: Memory) -> None:
+    out.objects[read_plan(out).inputs] = out.objects[part_key(0)]
+
+
+DAMAGE: dict[str, tuple[Callable[[Memory], object], str]] = {
+    "a missing part": (lambda out: out.objects.pop(part_key(1)), "part-000001.parquet: is missing"),
+    "a changed value": (
+        lambda out: rewritten(out, 1, lambda table: set_column(table, "confidence", [0.9, 0.9, None])),
+        "part-000001.parquet: is not what the manifest says",
+    ),
+    "the same rows in another file": (lambda out: rewritten(out, 1, lambda table: table), "part-000001"),
+    "a duplicated row": (
+        lambda out: rewritten(out, 0, lambda table: pa.concat_tables([table, table.slice(0, 1)])),
+        "part-000000.parquet: does not hold exactly the planned inputs",
+    ),
+    "one row for another": (
+        lambda out: rewritten(out, 0, lambda table: pa.concat_tables([table.slice(0, 2), table.slice(0, 1)])),
+        "part-000000.parquet: does not hold exactly",
+    ),
+    "a lost row": (lambda out: rewritten(out, 0, lambda table: table.slice(1)), "part-000000"),
+    "rows in another order": (lambda out: rewritten(out, 0, lambda table: table.take([2, 1, 0])), "part-000000"),
+    "a lost column": (lambda out: rewritten(out, 0, lambda table: table.drop_columns("label")), "part-000000"),
+    "no uri column": (lambda out: rewritten(out, 0, lambda table: table.drop_columns("uri")), "part-000000"),
+    "swapped parts": (swap, "part-000000.parquet: holds another shard"),
+    "a cut part": (lambda out: out.objects.update({part_key(2): out.objects[part_key(2)][:-9]}), "part-000002"),
+    "no Parquet": (lambda out: out.objects.update({part_key(2): b"hello"}), "part-000002"),
+    "an empty part": (lambda out: out.objects.update({part_key(2): b""}), "part-000002"),
+    "a manifest of fewer parts": (lambda out: edited(out, MANIFEST, lambda value: value["parts"].pop()), "part-000002"),
+    "a manifest of more parts": (
+        lambda out: edited(out, MANIFEST, lambda value: value["parts"].append(asdict(Part("data/x", 1, "0")))),
+        MANIFEST,
+    ),
+    "a manifest of other counts": (lambda out: edited(out, MANIFEST, lambda value: value.update(rows=8)), MANIFEST),
+    "a manifest of other labels": (
+        lambda out: edited(out, MANIFEST, lambda value: value["parts"][0].update(labels={"pear": 2})),
+        "part-000000",
+    ),
+    "no manifest's content": (lambda out: out.objects.update({MANIFEST: b"{}"}), MANIFEST),
+    "half a manifest": (lambda out: out.objects.update({MANIFEST: out.objects[MANIFEST][:50]}), MANIFEST),
+    "a plan of fewer rows": (lambda out: edited(out, PLAN, lambda value: value.update(rows=6)), "part-000000"),
+    "a plan of other settings": (
+        lambda out: edited(out, PLAN, lambda value: value["settings"].update(top_k=1)),
+        "part-",
+    ),
+    "a plan of fewer shards": (lambda out: edited(out, PLAN, lambda value: value.update(shards=2)), "part-000002"),
+    "other inputs": (drop_inputs, "inputs-"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_verify_finds(damage: Callable[[Memory], object], said: str) -> None:
+    out = finished()
+    damage(out)
+    with pytest.raises(OutputConflictError) as caught:
+        verify(out)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [PLAN, MANIFEST])
+def test_verify_names_what_is_gone(key: str) -> None:
+    out = finished()
+    del out.objects[key]
+    with pytest.raises(NotFoundError, match=key):
+        verify(out)
+
+
+def test_verify_of_an_unfinished_output_says_to_go_on() -> None:
+    out = finished()
+    del out.objects[SUCCESS]
+    with pytest.raises(TryAgainError, match="run score again"):
+        verify(out)
+    drive(out)
+    verify(out)
+
+
+def test_a_damaged_part_hinders_the_seal() -> None:
+    out = finished()
+    plan = read_plan(out)
+    del out.objects[SUCCESS], out.objects[MANIFEST]
+    swap(out)
+    with pytest.raises(OutputConflictError, match="part-000000"):
+        finish(out, plan, IMAGES)
+    assert not is_finished(out)

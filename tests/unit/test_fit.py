@@ -1,0 +1,221 @@
+"""Behaviour of the training loop, over toys of a few numbers."""
+
+import io
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fruitray.batches import Batches
+from fruitray.config import FitConfig
+from fruitray.errors import DivergedError
+from fruitray.fit import Epoch, evaluate, fit
+
+CPU = torch.device("cpu")
+PLAIN = FitConfig(epochs=6, batch_size=16, learning_rate=0.02, patience=6, label_smoothing=0.0)
+
+
+def clouds(sample: int, examples: int = 120, spread: float = 0.3, **settings: Any) -> Batches:
+    """Points (N, 2) around three centres; the label is the centre's number."""
+    generator = torch.Generator().manual_seed(sample)
+    labels = torch.arange(examples) % 3
+    centres = torch.tensor([[0.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    points = centres[labels] + spread * torch.randn(examples, 2, generator=generator)
+    return Batches(**{"inputs": points, "labels": labels, "batch_size": 16, **settings})
+
+
+def misleading() -> Batches:
+    """Clouds under wrong labels: the better the right ones are learned, the worse it goes here."""
+    val = clouds(2)
+    return replace(val, labels=(val.labels + 1) % 3)
+
+
+def network(seed: int = 0, dropout: float = 0.0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
+
+
+def training(module: nn.Module, config: FitConfig = PLAIN, **settings: Any) -> Iterator[Epoch]:
+    """`fit` over shuffled clouds, whatever is not given otherwise."""
+    train = settings.pop("train", None) or clouds(1, shuffle=True, seed=config.seed)
+    val = settings.pop("val", None) or clouds(2)
+    return fit(module, train, val, config, device=CPU, **settings)
+
+
+def weights(module: nn.Module) -> dict[str, list[Any]]:
+    return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    loaded: dict[str, Any] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    return loaded
+
+
+def measured(epoch: Epoch) -> tuple[Any, ...]:
+    """All that must repeat exactly."""
+    best = epoch.best_number, epoch.best_counts.tolist()
+    return epoch.number, epoch.train_loss, epoch.val_loss, epoch.counts.tolist(), *best
+
+
+def test_a_separable_toy_is_learned() -> None:
+    epochs = list(training(network()))
+    assert [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[-1].train_loss < epochs[0].train_loss / 2
+    assert epochs[-1].best_accuracy > 0.95
+    assert all(epoch.seconds > 0 and epoch.images_per_s > 0 for epoch in epochs)
+
+
+def test_an_epoch_counts_every_validation_example_once() -> None:
+    for epoch in training(network()):
+        assert epoch.counts.sum(dim=1).tolist() == [40, 40, 40]
+
+
+def test_the_best_epochs_weights_are_restored() -> None:
+    module = network()
+    epochs = list(training(module, val=misleading()))
+    best = max(epochs, key=lambda epoch: (epoch.accuracy, -epoch.val_loss))
+    assert best is not epochs[-1]
+    assert epochs[-1].best_number == best.number
+    assert epochs[-1].best_accuracy == best.accuracy
+    loss, counts = evaluate(module, misleading(), CPU)
+    assert (loss, counts.tolist()) == (best.val_loss, best.counts.tolist())
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_stops_when_patience_is_at_its_end(patience: int) -> None:
+    epochs = list(training(network(), replace(PLAIN, epochs=20, patience=patience), val=misleading()))
+    assert epochs[-1].number == epochs[-1].best_number + patience < 20
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_an_error(side: str, value: float) -> None:
+    broken = clouds(1)
+    broken.inputs[7] = value
+    with pytest.raises(DivergedError) as caught:
+        list(training(network(), **{side: broken}))
+    assert caught.value.epoch == 1
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_equals_an_undisturbed_one(stop: int) -> None:
+    undisturbed, first, second = (network(dropout=0.3) for _ in range(3))
+    expected = [measured(epoch) for epoch in training(undisturbed)]
+    found = []
+    for epoch in training(first):
+        found.append(measured(epoch))
+        if epoch.number == stop:
+            state = through_a_file(epoch.state)
+            break
+    torch.rand(5)  # another process has another random state
+    found += [measured(epoch) for epoch in training(second, resume=state)]
+    assert found == expected
+    assert weights(second) == weights(undisturbed)
+
+
+def test_resuming_a_finished_run_only_restores_the_best_weights() -> None:
+    first, second = network(), network(seed=5)
+    config = replace(PLAIN, patience=2, epochs=30)
+    states = [through_a_file(epoch.state) for epoch in training(first, config, val=misleading())]
+    assert len(states) < 30
+    assert list(training(second, config, val=misleading(), resume=states[-1])) == []
+    assert weights(second) == weights(first)
+
+
+def test_equal_runs_are_equal_and_another_seed_is_another_run() -> None:
+    first, second, other = (network(dropout=0.3) for _ in range(3))
+    runs = []
+    for module, seed in ((first, 0), (second, 0), (other, 1)):
+        torch.rand(seed + 3)
+        runs.append([measured(epoch) for epoch in training(module, replace(PLAIN, seed=seed))])
+    assert runs[0] == runs[1]
+    assert weights(first) == weights(second)
+    assert weights(other) != weights(first)
+
+
+def test_frozen_parameters_stay_and_the_others_move() -> None:
+    module = network()
+    before = weights(module)
+    module[0].requires_grad_(False)
+    list(training(module))
+    after = weights(module)
+    assert after["0.weight"] == before["0.weight"]
+    assert after["4.weight"] != before["4.weight"]
+
+
+class Workers:
+    """Two threads that sum tensors with one another, as two workers do over the network."""
+
+    def __init__(self) -> None:
+        self._barrier, self._given = threading.Barrier(2, timeout=20), [torch.zeros(0)] * 2
+
+    def summing(self, rank: int) -> Any:
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            self._given[rank] = tensor
+            self._barrier.wait()
+            total = self._given[0] + self._given[1]
+            self._barrier.wait()
+            return total
+
+        return reduce
+
+
+def test_two_workers_train_as_one_does() -> None:
+    """Gradients are averaged between the workers, which is what DistributedDataParallel does."""
+    # Batch norm sees half a batch on each of two workers, so it would differ; this network has none.
+    alone, *pair = (nn.Sequential(network()[0], nn.Tanh(), network()[4]) for _ in range(3))
+    train, val = clouds(1, examples=119, shuffle=True), clouds(2, examples=61)
+    expected = list(training(alone, train=train, val=val))
+    workers, found = Workers(), [[], []]
+
+    def work(rank: int) -> None:
+        reduce = workers.summing(rank)
+        for parameter in pair[rank].parameters():
+            parameter.register_hook(lambda gradient: reduce(gradient) / 2)
+        share = {"rank": rank, "world": 2}
+        epochs = training(pair[rank], train=replace(train, **share), val=replace(val, **share), reduce=reduce)
+        found[rank] = list(epochs)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, first, second in zip(expected, *found, strict=True):
+        assert first.counts.tolist() == second.counts.tolist() == one.counts.tolist()
+        assert first.train_loss == second.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+        assert first.val_loss == second.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(pair[0].state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+        assert torch.equal(pair[0].state_dict()[name], pair[1].state_dict()[name])
+
+
+def test_evaluating_is_exact_and_leaves_the_module_as_it_is() -> None:
+    module = network(dropout=0.5).train()
+    before = weights(module)
+    first, second = (evaluate(module, clouds(2), CPU) for _ in range(2))
+    assert first[0] == second[0]
+    assert weights(module) == before
+
+
+def test_the_steps_become_small_towards_the_end() -> None:
+    module = network()
+    places = [torch.cat([tensor.detach().flatten() for tensor in module.parameters()])]
+    for _ in training(module, replace(PLAIN, weight_decay=0.0), val=misleading()):
+        places.append(torch.cat([tensor.detach().flatten() for tensor in module.parameters()]))
+    moved = [float((after - before).abs().mean()) for before, after in pairwise(places)]
+    assert moved[-1] < moved[0] / 5
+
+
+def test_label_smoothing_raises_the_floor_of_the_loss() -> None:
+    [*_, sharp] = training(network())
+    [*_, smooth] = training(network(), replace(PLAIN, label_smoothing=0.3))
+    assert smooth.train_loss > sharp.train_loss + 0.2

@@ -1,0 +1,62 @@
+"""Behaviour of the counts and of what follows from them."""
+
+import pytest
+import torch
+from sklearn import metrics as reference
+
+from fruitray.metrics import accuracy, confusion, precisions, recalls, wilson_interval
+
+
+def scored(examples: int = 200, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, C) that are right more often than not, and labels (N,) among which class 3 never comes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes - 1, (examples,), generator=generator)
+    logits = torch.randn(examples, classes, generator=generator)
+    logits[torch.arange(examples), labels] += 1
+    return logits, labels
+
+
+def right(hits: int, total: int) -> torch.Tensor:
+    """Counts of two classes, `hits` of `total` right."""
+    return torch.tensor([[hits, total - hits], [0, 0]])
+
+
+@pytest.mark.parametrize(  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    ("hits", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_the_published_one(hits: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(right(hits, total)) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(right(total - hits, total)) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_the_interval_stays_within_reason() -> None:
+    assert wilson_interval(right(10, 10))[1] == 1
+    assert wilson_interval(right(0, 10))[0] == 0
+    low, high = wilson_interval(right(0, 0))
+    assert 0 <= low < high <= 1
+
+
+def test_counts_of_parts_add_up() -> None:
+    logits, labels = scored()
+    parts = [confusion(logits[chosen], labels[chosen]) for chosen in torch.arange(len(labels)).tensor_split(7)]
+    assert torch.equal(sum(parts), confusion(logits, labels))
+
+
+def test_an_empty_part_counts_nothing() -> None:
+    assert confusion(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).tolist() == [[0, 0, 0]] * 3
+
+
+def test_everything_agrees_with_scikit_learn() -> None:
+    logits, labels = scored()
+    predicted = logits.argmax(dim=1)
+    counts = confusion(logits, labels)
+    assert counts.tolist() == reference.confusion_matrix(labels, predicted, labels=range(4)).tolist()
+    assert accuracy(counts) == pytest.approx(reference.accuracy_score(labels, predicted))
+    settings = {"labels": range(4), "average": None, "zero_division": 0}
+    assert recalls(counts) == pytest.approx(reference.recall_score(labels, predicted, **settings))
+    assert precisions(counts) == pytest.approx(reference.precision_score(labels, predicted, **settings))
+
+
+def test_no_examples_are_no_accuracy() -> None:
+    assert accuracy(torch.zeros(3, 3, dtype=torch.int64)) == 0

@@ -1,0 +1,279 @@
+"""Behaviour of the model package, and of the predictor that opens it."""
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from fruitray.backbones import Classifier, build
+from fruitray.config import ModelConfig
+from fruitray.errors import ModelRejectedError
+from fruitray.images import decode, image_error
+from fruitray.package import load_package, save_package
+from fruitray.predictor import Prediction, Predictor
+from fruitray.storage import LocalStorage
+from fruitray.synthetic import LABELS, draw, photo_set
+
+CONFIG = ModelConfig(backbone="cnn", image_size=64)
+
+
+def network(config: ModelConfig = CONFIG) -> Classifier:
+    """A network whose answers differ widely from photo to photo, as those of a fresh one do not."""
+    model, size = build(config, 3)[0].eval(), config.image_size
+    assert isinstance(size, int)
+    photos = [decode(jpeg(draw(LABELS[number % 3], number, (size, size)))) for number in range(9)]
+    with torch.no_grad():
+        logits = model(torch.stack([torch.tensor(photo.pixels) for photo in photos]))
+        scale, last = 4 / logits.std(dim=0), model.head[-1]
+        last.weight *= scale[:, None]
+        last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
+    return model
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    save_package(LocalStorage(str(tmp_path / "package")), network(), CONFIG, LABELS, {"metrics": {"accuracy": 0.9}})
+    return tmp_path / "package"
+
+
+@pytest.fixture(scope="module")
+def files() -> list[bytes]:
+    """Ten JPEG files of several sizes that decode."""
+    return [jpeg(draw(LABELS[n % 3], n, size)) for n, size in zip(range(10), [(90, 64), (64, 64)] * 5, strict=True)]
+
+
+def jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    return file.getvalue()
+
+
+def describe(package: Path, **changes: Any) -> None:
+    """Overwrite fields of package.json."""
+    description = json.loads((package / "package.json").read_text())
+    (package / "package.json").write_text(json.dumps(description | changes))
+
+
+def replace_weights(package: Path, data: bytes) -> None:
+    """Put other bytes in the place of the weights, hash and all."""
+    (package / "model.safetensors").write_bytes(data)
+    describe(package, weights_sha256=hashlib.sha256(data).hexdigest())
+
+
+def edit_weights(package: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load((package / "model.safetensors").read_bytes())
+    edit(state)
+    replace_weights(package, save(state))
+
+
+def predict(package: Path, contents: list[Any], **settings: Any) -> list[Prediction]:
+    return Predictor(load_package(str(package)), **settings).predict(contents)
+
+
+def verdicts(predictions: list[Prediction]) -> list[tuple[str, str | None, str | None]]:
+    return [(one.status, one.label, one.error_code) for one in predictions]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, ModelConfig(backbone="timm/mobilenetv3_small_050", weights="none", image_size=96, dropout=0.1)],
+    ids=["cnn", "timm"],
+)
+def test_a_package_holds_all_there_is_to_know(tmp_path: Path, config: ModelConfig) -> None:
+    model = network(config)
+    save_package(LocalStorage(str(tmp_path)), model, config, LABELS, {"metrics": {"accuracy": 0.9}})
+    found = load_package(str(tmp_path))
+    batch = torch.randint(256, (4, 3, 96, 96) if config is not CONFIG else (4, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(found.model(batch), model(batch))
+    assert found.classes == LABELS
+    assert found.model.preprocessing == model.preprocessing
+    assert found.description["metrics"] == {"accuracy": 0.9}
+    assert found.model_id == hashlib.sha256((tmp_path / "package.json").read_bytes()).hexdigest()
+
+
+def test_predictions_are_those_of_the_model(package: Path, files: list[bytes]) -> None:
+    model, predictions = network(), predict(package, files, top_k=2)
+    for data, prediction in zip(files, predictions, strict=True):
+        square = model.preprocessing.resize(decode(data).pixels)
+        with torch.inference_mode():
+            shares = model(square[None]).softmax(dim=1)[0]
+        order = shares.argsort(descending=True)[:2]
+        assert prediction.top_labels == [LABELS[number] for number in order]
+        assert prediction.top_scores == pytest.approx(shares[order].tolist(), abs=0.02)
+        assert (prediction.label, prediction.confidence) == (prediction.top_labels[0], prediction.top_scores[0])
+        assert (prediction.status, prediction.error_code, prediction.error) == ("ok", None, None)
+    assert len({prediction.label for prediction in predictions}) > 1, "a model that says one thing shows nothing"
+    assert [(one.width, one.height) for one in predictions[:2]] == [(90, 64), (64, 64)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_the_batch_size_does_not_change_the_labels(package: Path, files: list[bytes], batch_size: int) -> None:
+    whole, parts = (predict(package, files, batch_size=size) for size in (10, batch_size))
+    assert verdicts(parts) == verdicts(whole)
+    assert [one.confidence for one in parts] == pytest.approx([one.confidence for one in whole], abs=0.02)
+
+
+def test_more_labels_than_classes_are_all_classes(package: Path, files: list[bytes]) -> None:
+    [prediction] = predict(package, files[:1], top_k=10)
+    assert sorted(prediction.top_labels) == sorted(LABELS)
+    assert sum(prediction.top_scores) == pytest.approx(1)
+    assert prediction.top_scores == sorted(prediction.top_scores, reverse=True)
+
+
+def test_an_unreadable_file_becomes_an_error_and_disturbs_nobody(package: Path, files: list[bytes]) -> None:
+    bad = {0: b"", 3: files[0][:300], 4: b"no image", 8: image_error("E_SRC_GONE"), 13: b"GIF89a..."}
+    good = iter(files)
+    mixed = [bad[position] if position in bad else next(good) for position in range(len(files) + len(bad))]
+    predictions = predict(package, mixed, batch_size=4)
+    readable = [one for position, one in enumerate(predictions) if position not in bad]
+    assert readable == predict(package, files, batch_size=4), "same batches, so the same bits"
+    assert len(predictions) == len(mixed)
+    codes = {position: predictions[position].error_code for position in bad}
+    assert codes == {0: "E_EMPTY", 3: "E_TRUNCATED", 4: "E_NOT_IMAGE", 8: "E_SRC_GONE", 13: "E_FORMAT"}
+    for position in bad:
+        assert predictions[position].status == "error"
+        assert predictions[position].error
+        assert predictions[position].label is predictions[position].top_scores is predictions[position].width is None
+
+
+def test_nothing_but_errors_and_nothing_at_all_are_fine(package: Path) -> None:
+    assert [one.error_code for one in predict(package, [b"", b""])] == ["E_EMPTY", "E_EMPTY"]
+    assert predict(package, []) == []
+
+
+def test_a_collection_with_faults_gets_one_prediction_per_file(package: Path) -> None:
+    predictions = predict(package, list(photo_set(8).values()))
+    assert sorted(one.status for one in predictions) == ["error"] * 2 + ["ok"] * 22
+
+
+def test_two_saves_of_one_model_are_one_model(tmp_path: Path, package: Path) -> None:
+    save_package(LocalStorage(str(tmp_path / "again")), network(), CONFIG, LABELS, {"metrics": {"accuracy": 0.9}})
+    assert load_package(str(package)).model_id == load_package(str(tmp_path / "again")).model_id
+
+
+def test_facts_cannot_hide_what_the_package_says_of_itself(tmp_path: Path) -> None:
+    save_package(LocalStorage(str(tmp_path)), network(), CONFIG, LABELS, {"classes": ["x"], "format": 9})
+    assert load_package(str(tmp_path)).classes == LABELS
+
+
+@pytest.mark.parametrize("missing", ["package.json", "model.safetensors"])
+def test_a_package_with_a_file_missing_is_rejected(package: Path, missing: str) -> None:
+    (package / missing).unlink()
+    rejected(package, missing)
+
+
+def test_a_place_that_is_not_there_is_rejected(tmp_path: Path) -> None:
+    rejected(tmp_path / "nowhere", "package.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "3", '"text"', "{}", '{"format": 1}', "\udcff", "[" * 100_000], ids=range(10)
+)
+def test_a_description_that_is_none_is_rejected(package: Path, text: str) -> None:
+    (package / "package.json").write_text(text, errors="surrogateescape")
+    rejected(package, "package.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"format": None},
+        {"model": None},
+        {"model": {"backbone": "unheard_of"}},
+        {"model": {"backbone": 7}},
+        {"model": {"colour": "red"}},
+        {"model": {"backbone": "cnn", "image_size": "64"}},
+        {"classes": None},
+        {"classes": ["cherry", "cherry", "tomato"]},
+        {"classes": "abc"},
+        {"classes": [1, 2, 3]},
+        {"preprocessing": {}},
+        {"preprocessing": {"size": -1}},
+        {"preprocessing": {"size": 64, "mean": ["a", "b", "c"]}},
+        {"preprocessing": {"size": 64, "std": [0, 0, 0]}},
+        {"weights_sha256": None},
+    ],
+    ids=str,
+)
+def test_a_description_with_nonsense_in_it_is_rejected(package: Path, changes: dict[str, Any]) -> None:
+    describe(package, **changes)
+    rejected(package)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": ["cherry", "tomato"]},
+        {"classes": ["cherry", "strawberry", "tomato", "plum"]},
+        {"classes": []},
+        {"model": {"backbone": "mlp", "image_size": 64}},
+        {"model": {"backbone": "mobilenet_v2"}},
+        {"preprocessing": {"size": 96}},
+    ],
+    ids=str,
+)
+def test_a_description_of_another_model_is_rejected(package: Path, changes: dict[str, Any]) -> None:
+    describe(package, **changes)
+    rejected(package)
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_one_changed_byte_of_the_weights_is_noticed(package: Path, position: int) -> None:
+    data = bytearray((package / "model.safetensors").read_bytes())
+    data[position] ^= 1
+    (package / "model.safetensors").write_bytes(data)
+    rejected(package, "SHA-256")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: state.pop("head.4.bias"),
+        lambda state: state.update(extra=torch.zeros(1)),
+        lambda state: state.update({"head.4.bias": torch.zeros(4)}),
+        lambda state: state["head.4.bias"].fill_(float("nan")),
+        lambda state: state["trunk.0.weight"].view(-1)[3:4].fill_(float("inf")),
+    ],
+    ids=["one missing", "one too many", "another shape", "nan", "inf"],
+)
+def test_weights_that_do_not_fit_are_rejected(package: Path, edit: Any) -> None:
+    edit_weights(package, edit)
+    rejected(package, "model.safetensors")
+
+
+class _Payload:
+    """What a hostile pickle does: it leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_in_the_place_of_the_weights_is_rejected_and_never_run(package: Path, tmp_path: Path) -> None:
+    zipped = io.BytesIO()
+    torch.save(_Payload(tmp_path / "mark"), zipped)
+    for data in (pickle.dumps(_Payload(tmp_path / "mark")), zipped.getvalue(), b""):
+        replace_weights(package, data)
+        rejected(package, "model.safetensors")
+    assert not (tmp_path / "mark").exists()
+
+
+def rejected(package: Path, words: str = "") -> None:
+    """Opening it says what is wrong, names the place, and nothing else escapes."""
+    with pytest.raises(ModelRejectedError) as caught:
+        load_package(str(package))
+    assert caught.value.uri.startswith(str(package))
+    assert caught.value.reason
+    assert words in str(caught.value)
