@@ -80,7 +80,8 @@ def _run_jobs(config: DemoConfig, folder: Path) -> float:
 
 
 def _draw(per_class: int, raw: Storage) -> None:
-    with progress("draw and upload", 3 * per_class, "photos") as advance, ThreadPoolExecutor(8) as pool:
+    say(f"demo: drawing {3 * per_class} photos")
+    with progress("upload", 3 * per_class, "photos") as advance, ThreadPoolExecutor(8) as pool:
         for _ in pool.map(lambda item: raw.write(*item), photo_set(per_class).items()):
             advance(1)
 

@@ -1,5 +1,7 @@
 """What is made once before many train: the initial model of a backbone, and the embeddings of its frozen trunk."""
 
+import hashlib
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +21,13 @@ CHUNK = 128
 
 
 def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], seed: int) -> Package:
-    """The package below `out` that every run of this backbone starts from; built and stored by the first who asks."""
-    place = open_storage(out.uri_of(f"initial/{config.backbone}"))
+    """The package below `out` that every run of this backbone starts from; built and stored by the first who asks.
+
+    Runs that differ in dropout, or in what is frozen, start from the same one.
+    """
+    start = [config.backbone, config.weights, config.image_size, classes, seed]
+    digest = hashlib.sha256(json.dumps(start).encode()).hexdigest()
+    place = open_storage(out.uri_of(f"initial/{config.backbone}/{digest[:8]}"))
     if not place.exists(DESCRIPTION):
         model, weights = build(config, len(classes), seed)
         origin = {"source": weights.source, "sha256": weights.sha256}

@@ -27,6 +27,7 @@ from fruitray.storage import LocalStorage, Storage, open_storage
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine."""
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -45,7 +46,6 @@ def own_cluster(folder: Path) -> Iterator[None]:
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # with the mode unset, Ray takes a token it finds
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
     ray.init(
         address="local",
         _temp_dir=str(folder / "ray"),
@@ -96,20 +96,29 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-def claim(out: Storage, name: str, config: Any) -> None:
-    """Save the resolved config as `NAME.json`; an output made with another one is left alone.
-
-    Raises:
-        OutputConflictError: `out` belongs to a job with other settings.
-    """
-    key, ours = f"{name}.json", to_json(config)
-    if not out.exists(key) and out.create(key, ours):
+def require_ours(out: Storage, name: str, config: Any) -> None:
+    """Raise `OutputConflictError` if `out` was made by the job `name` with other settings."""
+    key = f"{name}.json"
+    if not out.exists(key):
         return
-    standing, wanted = json.loads(out.read(key)), json.loads(ours)
-    for field, value in wanted.items():
-        if standing.get(field) != value:
-            reason = f"was made with {field} {standing.get(field)!r}, not {value!r}; choose another --out"
+    standing, wanted = _options(out.read(key)), _options(to_json(config))
+    for option, value in wanted.items():
+        if standing.get(option) != value:
+            reason = f"was made with {option} {standing.get(option)!r}, not {value!r}; choose another --out"
             raise OutputConflictError(out.uri_of(key), reason)
+
+
+def claim(out: Storage, name: str, config: Any) -> None:
+    """Save the resolved config as `NAME.json`, which makes `out` this job's; see `require_ours`."""
+    if out.exists(f"{name}.json") or not out.create(f"{name}.json", to_json(config)):
+        require_ours(out, name, config)
+
+
+def _options(saved: bytes) -> dict[str, Any]:
+    """A saved config as the command line has it: without the groups."""
+    config: dict[str, Any] = json.loads(saved)
+    groups = [name for name, value in config.items() if isinstance(value, dict)]
+    return config | {option: value for name in groups for option, value in config.pop(name).items()}
 
 
 def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any], **options: Any) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, worker_count
+from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import say, show_table
 from fruitray.fit import Epoch, fit
@@ -30,11 +30,12 @@ def run(config: TrainConfig) -> str:
     """Train, or resume, and write the package; show its metrics. A finished package is left as it is."""
     index = read_index(config.index)
     out = open_output(config.out)
-    claim(out, "train", config)
+    require_ours(out, "train", config)
     if not out.exists(DESCRIPTION):
+        initial = initial_model(out, config.model, index.classes, config.fit.seed)
+        claim(out, "train", config)
         connect()
         worker_count(config.workers, gpu=config.gpu)
-        initial = initial_model(out, config.model, index.classes, config.fit.seed)
         if config.model.frozen:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:

@@ -14,14 +14,14 @@ from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.backbones import parameter_counts, pick_device, skeleton, state_hash
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import claim, connect, open_output
+from fruitray.cluster.runtime import claim, connect, open_output, require_ours
 from fruitray.config import FitConfig, ModelConfig, TuneConfig
 from fruitray.console import say, show_table
 from fruitray.errors import TrialsFailedError, find_ours
 from fruitray.fit import Epoch, fit
-from fruitray.index import Index, read_index
+from fruitray.index import read_index
 from fruitray.metrics import recalls, wilson_interval
-from fruitray.package import load_package
+from fruitray.package import Package, load_package
 from fruitray.recipe import make_recipe
 from fruitray.search import draw_trials
 from fruitray.storage import Storage
@@ -55,11 +55,14 @@ def run(config: TuneConfig) -> str:
     """Run or resume the search; write `trials.parquet` and `best.json`; show the trials, best first."""
     index = read_index(config.index)
     out = open_output(config.out)
+    require_ours(out, "tune", config)
+    trials = draw_trials(config)
+    initial = _initial_models(config, out, index.classes, trials)
     claim(out, "tune", config)
     connect()
-    trials = draw_trials(config)
-    _lay_groundwork(config, index, out, trials)
-    rows = sorted(_search(config, out, trials), key=lambda row: (-(row["accuracy"] or 0), row["trial"]))
+    for backbone in {model.backbone for model, _ in trials if model.frozen}:
+        ensure_features(config.index, index, initial[backbone], config.augment, gpu=config.gpus_per_trial > 0)
+    rows = sorted(_search(config, out, trials, initial), key=lambda row: (-(row["accuracy"] or 0), row["trial"]))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink)
     out.write("trials.parquet", sink.getvalue().to_pybytes())
@@ -69,29 +72,27 @@ def run(config: TuneConfig) -> str:
         raise TrialsFailedError(out.uri, best["error"])
     model, fit_config = trials[best["trial"]]
     out.write("best.json", json.dumps({"model": asdict(model), "fit": asdict(fit_config)}, indent=2).encode())
-    classes = ", ".join(f"{c} {r:.3f}" for c, r in zip(index.classes, best["recalls"], strict=True))
-    say(
-        f"best: trial {best['trial']}, {best['backbone']}, validation accuracy {best['accuracy']:.4f}; recall {classes}"
-    )
+    found = ", ".join(f"{name} {share:.3f}" for name, share in zip(index.classes, best["recalls"], strict=True))
+    said = f"validation accuracy {best['accuracy']:.4f}; recall: {found}"
+    say(f"best: trial {best['trial']}, {best['backbone']}, {said}")
     return f"tune: {len(rows)} trials in {out.uri_of('trials.parquet')}, the best one in {out.uri_of('best.json')}"
 
 
-def _lay_groundwork(
-    config: TuneConfig, index: Index, out: Storage, trials: list[tuple[ModelConfig, FitConfig]]
-) -> None:
-    """Store each backbone's initial model, and the embeddings of each that is trained frozen."""
-    for backbone in dict.fromkeys(model.backbone for model, _ in trials):
-        models = [model for model, _ in trials if model.backbone == backbone]
-        package = initial_model(out, models[0], index.classes, config.seed)
-        if any(model.frozen for model in models):
-            ensure_features(config.index, index, package, config.augment, gpu=config.gpus_per_trial > 0)
+def _initial_models(
+    config: TuneConfig, out: Storage, classes: tuple[str, ...], trials: list[tuple[ModelConfig, FitConfig]]
+) -> dict[str, Package]:
+    """What the trials of each backbone start from."""
+    models = {model.backbone: model for model, _ in trials}
+    return {backbone: initial_model(out, model, classes, config.seed) for backbone, model in models.items()}
 
 
-def _search(config: TuneConfig, out: Storage, trials: list[tuple[ModelConfig, FitConfig]]) -> list[dict[str, Any]]:
+def _search(
+    config: TuneConfig, out: Storage, trials: list[tuple[ModelConfig, FitConfig]], initial: dict[str, Package]
+) -> list[dict[str, Any]]:
     """A row of `SCHEMA` per trial; trials that an earlier, broken run finished are not run again."""
     space = {
         "index": config.index,
-        "initial": out.uri_of("initial"),
+        "initial": {backbone: package.uri for backbone, package in initial.items()},
         "cpus": config.cpus_per_trial,
         "trial": tune.grid_search(
             [
@@ -124,8 +125,7 @@ def _trial(space: dict[str, Any]) -> None:
     chosen = space["trial"]
     config, fit_config = ModelConfig(**chosen["model"]), FitConfig(**chosen["fit"])
     index = read_index(space["index"])
-    initial = load_package(f"{space['initial']}/{config.backbone}").model
-    torch.manual_seed(fit_config.seed)
+    initial = load_package(space["initial"][config.backbone]).model
     model = skeleton(config, len(index.classes), initial.preprocessing)
     model.load_state_dict(initial.state_dict())
     recipe = make_recipe(space["index"], index, model, fit_config, frozen=config.frozen)

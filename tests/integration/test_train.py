@@ -84,7 +84,8 @@ def test_a_frozen_backbone_is_tuned_and_trained_on_its_embeddings(cluster: Clust
     assert code == 0, printed
     state = load_package(model).model.trunk.state_dict()
     untouched = torchvision.models.mobilenet_v2().state_dict().keys() & state.keys()
-    started = load_package(f"{model}/initial/mobilenet_v2").model.trunk.state_dict()
+    [stored] = [entry.key for entry in open_storage(f"{model}/initial").list() if entry.key.endswith("package.json")]
+    started = load_package(f"{model}/initial/{stored.rpartition('/')[0]}").model.trunk.state_dict()
     assert untouched
     assert all(torch.equal(state[name], started[name]) for name in untouched)
 
