@@ -119,7 +119,8 @@ def pick_device() -> torch.device:
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go: then False
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_is_fast()
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 

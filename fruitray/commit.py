@@ -245,7 +245,7 @@ def verify(out: Storage) -> list[Part]:
     missing = set(range(plan.shards)) - committed_shards(out, plan)
     if missing:
         raise OutputConflictError(out.uri_of(part_key(min(missing))), "is missing")
-    parts = _check_parts(out, plan, plan.settings["images"])
+    parts = _check_parts(out, plan, str(plan.settings.get("images")))
     said = {part.key: part for part in read_manifest(out)}
     for part in parts:
         if said.get(part.key) != part:
@@ -276,7 +276,9 @@ def _check_parts(out: Storage, plan: Plan, root: str) -> list[Part]:
 
 def _open(uri: str, data: bytes) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)
+        return table
     except (pa.ArrowException, OSError) as error:  # OSError is Arrow's word for many kinds of damage
         raise OutputConflictError(uri, "is no Parquet file, or a damaged one") from error
 

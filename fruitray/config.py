@@ -46,7 +46,8 @@ class ModelConfig:
     """mlp, cnn, vgg16, resnet50, efficientnet_b2, mobilenet_v2, or timm/NAME."""
     weights: str = "imagenet"
     """`imagenet` (the library's download), `none` (random), or the path or URI of a .safetensors or state-dict file, or
-    of a folder of NAME.safetensors files. A NAME.json beside a file corrects its preprocessing: size, mean, std, ..."""
+    of a folder of NAME.safetensors files. A NAME.json beside a file corrects its preprocessing: size, mean, std, ...
+    `mlp` and `cnn` always start from random weights."""
     frozen: bool = False
     """Train the head alone, on embeddings that are computed once."""
     dropout: float | None = None

@@ -130,13 +130,13 @@ class WeightsError(FruitrayError):
 
 @dataclass(eq=False)
 class DivergedError(FruitrayError):
-    """The training loss of `epoch` is `loss`, no number."""
+    """A loss of `epoch`, of training or validation, is `loss`: no number."""
 
     epoch: int
     loss: float
 
     def __str__(self) -> str:
-        return f"the training loss became {self.loss} in epoch {self.epoch}; a lower --learning-rate may help"
+        return f"the loss became {self.loss} in epoch {self.epoch}; a lower --learning-rate may help"
 
 
 @dataclass(eq=False)

@@ -86,6 +86,7 @@ def fit(
         start = time.perf_counter()
         train_loss = _train_epoch(module, optimizer, train, config, number, device, reduce)
         trained = time.perf_counter()
+        _average_statistics(plain, train.world, reduce)
         val_loss, counts = evaluate(plain, val, device, reduce)
         for loss in (train_loss, val_loss):
             if not math.isfinite(loss):
@@ -145,11 +146,19 @@ def _train_epoch(
         logits, target = module(inputs.to(device, non_blocking=True)), labels.to(device)
         loss = F.cross_entropy(logits, target, label_smoothing=config.label_smoothing, reduction="sum")
         optimizer.zero_grad(set_to_none=True)
-        (loss * train.world / together).backward()  # type: ignore[no-untyped-call]  # workers' gradients are averaged: this makes it the global mean
+        share = loss * train.world / together  # the workers' gradients are averaged: so it is the global mean's
+        share.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach().double().cpu()
         examples += together
     return reduce(total).item() / examples
+
+
+def _average_statistics(module: nn.Module, world: int, reduce: Reduce) -> None:
+    """Give all workers one set of batch-norm statistics, so that they validate, and keep, one and the same model."""
+    for buffer in module.buffers():
+        if world > 1 and buffer.is_floating_point():
+            buffer.copy_(reduce(buffer) / world)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, config: FitConfig, progress: float) -> None:

@@ -80,6 +80,7 @@ def read_index(uri: str) -> Index:
         table = pq.read_table(pa.BufferReader(data))
         images = json.loads(table.schema.metadata[b"fruitray"])["images"]
         table = table.select(SCHEMA.names)
+        table.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputConflictError(storage.uri_of(key), "is no index that prepare wrote, or a damaged one") from error
     if not table.num_rows:

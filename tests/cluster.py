@@ -2,14 +2,15 @@
 
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from fruitray.s3server import HOST, find_binary, free_ports
 
@@ -73,11 +74,10 @@ def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
         _wait_until_ready(folder, there, head)
         yield Cluster(there, f"http://{HOST}:{dashboard}")
     finally:
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
 
 
 def _wait_until_ready(folder: Path, environment: Mapping[str, str], head: subprocess.Popen[bytes]) -> None:

@@ -101,8 +101,7 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
-    device = ray.train.torch.get_device()
-    total = tensor.to(device)
+    total = tensor.to(ray.train.torch.get_device(), copy=True)
     torch.distributed.all_reduce(total)
     return total.to(tensor.device)
 

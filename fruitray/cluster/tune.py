@@ -16,7 +16,7 @@ from fruitray.backbones import parameter_counts, pick_device, skeleton, state_ha
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, open_output, require_ours
 from fruitray.config import FitConfig, ModelConfig, TuneConfig
-from fruitray.console import say, show_table
+from fruitray.console import LOG_INTERVAL_S, say, show_table
 from fruitray.errors import TrialsFailedError, find_ours
 from fruitray.fit import Epoch, fit
 from fruitray.index import read_index
@@ -193,22 +193,27 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Lines(tune.Callback):  # type: ignore[misc]
-    """A line on the console for every trial that ends."""
+    """A line on the console for every trial that ends, and now and then for one that goes on."""
 
     def __init__(self, trials: int) -> None:
-        self._trials, self._ended = trials, 0
+        self._trials, self._ended, self._last = trials, 0, time.monotonic()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if time.monotonic() - self._last >= LOG_INTERVAL_S:
+            self._line(trial, f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._ended += 1
         result = trial.last_result
-        self._line(trial, f"validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs")
+        self._line(trial, f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._ended += 1
         self._line(trial, "failed")
 
     def _line(self, trial: Any, text: str) -> None:
-        self._ended += 1
-        chosen = trial.config["trial"]
-        model, fit_config = chosen["model"], chosen["fit"]
+        self._last = time.monotonic()
+        number, model, fit_config = (trial.config["trial"][part] for part in ("number", "model", "fit"))
         settings = f"learning rate {fit_config['learning_rate']}, batch {fit_config['batch_size']}"
         said = f"{model['backbone']}{' frozen' if model['frozen'] else ''}, {settings}, dropout {model['dropout']}"
-        say(f"tune: {self._ended} of {self._trials} trials, number {chosen['number']} ({said}): {text}")
+        say(f"tune: {self._ended} of {self._trials} trials ended; number {number} ({said}): {text}")

@@ -121,7 +121,7 @@ def test_a_killed_training_resumes_to_the_same_weights(cluster: Cluster, place: 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
     space = ("--backbones", "cnn", "--trials", "4", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
     arguments = ("--index", f"{place}/index", "--out", f"{place}/tune", *space)
-    _kill_when(cluster.start("tune", *arguments), "tune: 2 of 4 trials")
+    _kill_when(cluster.start("tune", *arguments), "tune: 2 of 4 trials ended")
     code, printed = cluster.run("tune", *arguments)
     assert code == 0, printed
     trials = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet"))).to_pylist()

@@ -6,6 +6,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,12 @@ def test_building_leaves_the_callers_randomness_alone() -> None:
 
 @pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", "resnet50", "efficientnet_b2", TIMM])
 def test_a_skeleton_holds_the_weights_of_what_was_built(backbone: str) -> None:
-    model = new(backbone, seed=1, image_size=64)
+    built = new(backbone, seed=1, image_size=64)
+    model = Classifier(built.trunk, built.head, replace(built.preprocessing, crop=0.5, mean=(0.4, 0.5, 0.6)))
     bones = skeleton(ModelConfig(backbone=backbone), 3, model.preprocessing)
     bones.load_state_dict(model.state_dict())
     batch = photos(64)
+    assert bones.preprocessing == model.preprocessing
     assert torch.equal(logits(bones, batch), logits(model, batch))
 
 
@@ -215,9 +218,15 @@ def test_a_head_in_the_file_is_not_needed_and_not_used(tmp_path: Path) -> None:
     def drop_head(state: dict[str, torch.Tensor]) -> None:
         del state["classifier.1.weight"], state["classifier.1.bias"]
 
-    whole = from_file(save_mobilenet(tmp_path / "whole.safetensors"))
-    headless = from_file(save_mobilenet(tmp_path / "headless.safetensors", drop_head))
-    assert state_hash(whole.state_dict()) == state_hash(headless.state_dict())
+    def narrow_head(state: dict[str, torch.Tensor]) -> None:
+        state |= {"classifier.1.weight": torch.zeros(7, 1280), "classifier.1.bias": torch.zeros(7)}
+
+    whole, *others = (
+        from_file(save_mobilenet(tmp_path / f"{change.__name__}.safetensors", change))
+        for change in (dict, drop_head, narrow_head)
+    )
+    for other in others:
+        assert state_hash(whole.state_dict()) == state_hash(other.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 says what is wrong (design: exactly-once.md)."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -667,6 +668,19 @@ def test_verify_finds(damage: Callable[[Memory], object], said: str) -> None:
     with pytest.raises(OutputConflictError) as caught:
         verify(out)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("victim", ["part-000000", "manifest", "plan.json", "inputs-"])
+def test_verify_finds_any_damage_to(victim: str) -> None:
+    out, choice = finished(), random.Random(7)
+    [key] = [key for key in out.objects if victim in key]
+    whole = out.objects[key]
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[choice.randrange(len(damaged))] ^= 1 << choice.randrange(8)
+        out.objects[key] = bytes(damaged)
+        with pytest.raises((OutputConflictError, NotFoundError)):  # not found, where the plan names other inputs
+            verify(out)
 
 
 @pytest.mark.parametrize("key", [PLAN, MANIFEST])

@@ -168,7 +168,7 @@ def test_who_writes_second_changes_nothing(index_uri: str) -> None:
 
 
 def test_embedding_in_parts_equals_embedding_at_once(index_uri: str) -> None:
-    index, model = read_index(index_uri), network()
+    index, model = read_index(index_uri), network(backbone="mobilenet_v2", weights="none").train()
     rows, photos = feature_rows(index, "mirror"), open_storage(index.images)
     parts = torch.cat([embed(model, photos, rows[start : start + 7], CPU) for start in range(0, len(rows), 7)])
     close(parts, embed(model, photos, rows, CPU))
