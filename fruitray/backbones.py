@@ -1,32 +1,21 @@
-"""The networks: how each is built, where its weights come from, what it wants as input, which part is the head.
+"""The networks: how each is built, what it wants as input, which part of it is the head.
 
 A `Classifier` takes raw uint8 squares and normalises them itself, so nobody outside can get that wrong.
 """
 
 import contextlib
-import hashlib
-import io
-import json
-import socket
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from fruitray.config import REPORT_BACKBONES, ModelConfig, require
-from fruitray.errors import FruitrayError, ModelRejectedError, NotFoundError, UsageError, WeightsError
+from fruitray.errors import UsageError
 from fruitray.preprocess import Preprocessing
-from fruitray.storage import open_file
-
-State = Mapping[str, torch.Tensor]
-Got = TypeVar("Got")
-
-SILENCE_S = 6
-"""How long a download may wait for a connection, or for the next bytes, before it has failed."""
+from fruitray.weights import Weights, download, load_all_but_head, load_file, state_hash, timm_pretrained
 
 
 class Classifier(nn.Module):
@@ -56,14 +45,6 @@ class Classifier(nn.Module):
         """(B, 3, S, S) uint8 -> (B, C) float32 logits."""
         logits: torch.Tensor = self.head(self.embed(photos))
         return logits
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Where a trunk starts from. `sha256` is of the file, or of the tensors where the library downloaded them."""
-
-    source: str
-    sha256: str | None
 
 
 def build(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Classifier, Weights]:
@@ -100,16 +81,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(all, trained) parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-
-
-def state_hash(state: State) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pick_device() -> torch.device:
@@ -205,12 +176,12 @@ def _torchvision(config: ModelConfig) -> tuple[_Plan, Weights]:
     )
     weights = Weights("none", None)
     if config.weights == "imagenet":
-        state = _download(
+        state = download(
             config.backbone, lambda: official.get_state_dict(progress=False, check_hash=True, weights_only=True)
         )
-        weights = Weights(official.url, _load_all_but_head(network, state, (place,), official.url))
+        weights = Weights(official.url, load_all_but_head(network, state, (place,), official.url))
     elif config.weights != "none":
-        weights, preprocessing = _from_file(config, network, (place,), preprocessing)
+        weights, preprocessing = load_file(config, network, (place,), preprocessing)
     network.set_submodule(place, nn.Identity())
     return _Plan(network, head, dropout, preprocessing), weights
 
@@ -225,7 +196,7 @@ def _timm(config: ModelConfig) -> tuple[_Plan, Weights]:
     if name not in timm.list_models() and name not in timm.list_pretrained():
         raise UsageError(f"--backbone {config.backbone}: timm has no model of this name")
     if config.weights == "imagenet":
-        network = _download(config.backbone, lambda: _timm_pretrained(name))
+        network = download(config.backbone, lambda: timm_pretrained(name))
     else:
         network = timm.create_model(name, pretrained=False)
     given = timm.data.resolve_data_config(model=network, use_test_size=True)
@@ -244,90 +215,7 @@ def _timm(config: ModelConfig) -> tuple[_Plan, Weights]:
     elif config.weights != "none":
         heads = network.pretrained_cfg["classifier"] or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        weights, preprocessing = _from_file(config, network, heads, preprocessing)
+        weights, preprocessing = load_file(config, network, heads, preprocessing)
     network.reset_classifier(0)
     head = _two_layer_head(network.head_hidden_size, 256, first_dropout=True, standardise=True)
     return _Plan(network, head, 0.2, preprocessing), weights
-
-
-def _timm_pretrained(name: str) -> Any:
-    """timm's network with its weights, from the hub's cache or the hub, which timm itself would ask for a minute."""
-    import huggingface_hub as hub
-    import timm
-    from huggingface_hub.errors import HfHubHTTPError
-
-    origin = timm.get_pretrained_cfg(name)
-    if origin and origin.hf_hub_id:
-        repo, file = origin.hf_hub_id.partition("@")[0], origin.hf_hub_filename or "model.safetensors"
-        cached = hub.try_to_load_from_cache(repo, file)
-        if isinstance(cached, str) and not origin.custom_load:
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached})
-        with contextlib.suppress(HfHubHTTPError):  # a refusal is an answer
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=SILENCE_S)
-    return timm.create_model(name, pretrained=True)
-
-
-def _download(backbone: str, get: Callable[[], Got]) -> Got:
-    """What `get` downloads, or takes from the library's cache.
-
-    Raises:
-        WeightsError: it cannot be had.
-    """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_S)
-    try:
-        return get()
-    except Exception as error:  # urllib, ssl, socket, hub and hash errors alike
-        raise WeightsError(backbone, f"the download failed ({str(error).partition(chr(10))[0]})") from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _from_file(
-    config: ModelConfig, network: nn.Module, heads: tuple[str, ...], preprocessing: Preprocessing
-) -> tuple[Weights, Preprocessing]:
-    """Load a weights file into `network`, and correct the preprocessing by the NAME.json that may lie beside it."""
-    uri = config.weights
-    if not uri.endswith((".safetensors", ".pt", ".pth", ".bin")):
-        uri = f"{uri.rstrip('/')}/{config.backbone.removeprefix('timm/')}.safetensors"
-    storage, key = open_file(uri)
-    try:
-        data = storage.read(key)
-    except NotFoundError as error:
-        raise WeightsError(config.backbone, f"{uri} does not exist") from error
-    _load_all_but_head(network, _parse(uri, data), heads, uri)
-    beside = key.rpartition(".")[0] + ".json"
-    if storage.exists(beside):
-        try:
-            preprocessing = Preprocessing.from_json(asdict(preprocessing) | json.loads(storage.read(beside)))
-        except (ValueError, TypeError, FruitrayError) as error:
-            raise ModelRejectedError(storage.uri_of(beside), f"not preprocessing: {error}") from error
-    return Weights(uri, hashlib.sha256(data).hexdigest()), preprocessing
-
-
-def _parse(uri: str, data: bytes) -> State:
-    try:
-        if uri.endswith(".safetensors"):
-            return dict(load_safetensors(data))
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise TypeError("a checkpoint with more than tensors")
-        return {str(name): tensor for name, tensor in state.items()}
-    except Exception as error:
-        raise ModelRejectedError(uri, f"not a file of weights ({type(error).__name__})") from error
-
-
-def _load_all_but_head(network: nn.Module, state: State, heads: tuple[str, ...], uri: str) -> str:
-    """Load strictly, the head (which is about to be replaced) aside; answers the hash of what was loaded."""
-    replaced = tuple(f"{head}." for head in heads)
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith(replaced)}
-    try:
-        keys = network.load_state_dict(trunk, strict=False)
-    except RuntimeError as error:
-        raise ModelRejectedError(uri, "the shapes belong to another network") from error
-    missing = [name for name in keys.missing_keys if not name.startswith(replaced)]
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or keys.unexpected_keys:
-        odd = (missing + keys.unexpected_keys)[0]
-        raise ModelRejectedError(uri, f"belongs to another network ({len(missing)} tensors missing, first odd: {odd})")
-    return state_hash(trunk)

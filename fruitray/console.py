@@ -58,9 +58,11 @@ def _live(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _logged(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     start = last = time.monotonic()
-    done = 0
+    done, said = 0, -1
 
     def line() -> None:
+        nonlocal said
+        said = done
         seconds = max(time.monotonic() - start, 1e-9)
         say(f"{what}: {done:,} of {total:,} {unit}, {seconds:.0f} s, {done / seconds:,.1f} {unit}/s")
 
@@ -72,4 +74,5 @@ def _logged(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
             line()
 
     yield advance
-    line()
+    if said != done:
+        line()

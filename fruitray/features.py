@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import torch
 
 from fruitray.augment import VARIANTS, variant
-from fruitray.backbones import Classifier, state_hash
+from fruitray.backbones import Classifier
 from fruitray.batches import squares
 from fruitray.index import Index, index_place
 from fruitray.preprocess import stack
 from fruitray.storage import Entry, Storage
+from fruitray.weights import state_hash
 
 EMBED_BATCH = 32
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from fruitray.backbones import build, pick_device, state_hash
+from fruitray.backbones import build, pick_device
 from fruitray.cluster.runtime import stream, worker_count
 from fruitray.config import ModelConfig
 from fruitray.console import progress
@@ -16,6 +16,7 @@ from fruitray.features import embed, feature_rows, features_key, from_arrow, has
 from fruitray.index import Index
 from fruitray.package import DESCRIPTION, Package, load_package, save_package
 from fruitray.storage import Entry, Storage, open_storage
+from fruitray.weights import state_hash
 
 CHUNK = 128
 

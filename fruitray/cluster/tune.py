@@ -12,7 +12,7 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from fruitray.backbones import parameter_counts, pick_device, skeleton, state_hash
+from fruitray.backbones import parameter_counts, pick_device, skeleton
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, open_output, require_ours
 from fruitray.config import FitConfig, ModelConfig, TuneConfig
@@ -25,6 +25,7 @@ from fruitray.package import Package, load_package
 from fruitray.recipe import make_recipe
 from fruitray.search import draw_trials
 from fruitray.storage import Storage
+from fruitray.weights import state_hash
 
 SCHEMA = pa.schema(
     [

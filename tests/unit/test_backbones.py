@@ -19,11 +19,12 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fruitray.backbones import Classifier, build, freeze, parameter_counts, skeleton, state_hash
+from fruitray.backbones import Classifier, build, freeze, parameter_counts, skeleton
 from fruitray.config import ModelConfig
 from fruitray.errors import ModelRejectedError, UsageError, WeightsError
 from fruitray.preprocess import Preprocessing
 from fruitray.synthetic import LABELS, draw
+from fruitray.weights import state_hash
 
 TIMM = "timm/tf_efficientnetv2_b0"
 
