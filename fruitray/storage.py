@@ -10,49 +10,21 @@ import errno
 import os
 import re
 import stat
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import boto3
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    EndpointConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    SSLError,
-    SSOError,
-    TokenRetrievalError,
-)
-from botocore.exceptions import ConnectionError as HTTPConnectionError
 
 from fruitray.errors import (
     AccessDeniedError,
-    ArchivedError,
     ChangedError,
-    CredentialsError,
-    EndpointError,
     NotFoundError,
     StorageError,
     TryAgainError,
     UsageError,
 )
-
-READ_ATTEMPTS = 5
-"""How often a body that arrives short or stalls is read again before `TryAgainError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +90,8 @@ def open_storage(uri: str) -> Storage:
     bucket, _, prefix = rest.partition("/")
     if not bucket:
         raise UsageError(f"{uri!r} names no bucket: give s3://bucket/prefix")
+    from fruitray.s3 import S3Storage  # on use: boto3 is slow to load, and a folder needs none of it
+
     return S3Storage(bucket, prefix.strip("/"))
 
 
@@ -131,7 +105,7 @@ class LocalStorage(Storage):
     """A folder. New objects appear under their name only when complete (hidden temporary file, then link or rename)."""
 
     def check(self) -> None:
-        with _local_errors(self.uri):
+        with _errors(self.uri):
             os.scandir(self.uri).close()
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -144,7 +118,7 @@ class LocalStorage(Storage):
         path = os.path.join(self.uri, folder)
         if folder and not os.path.isdir(path):
             return
-        with _local_errors(path):
+        with _errors(path):
             items = sorted(os.scandir(path), key=lambda item: item.name)
         for item in items:
             key = f"{folder}/{item.name}" if folder else item.name
@@ -160,7 +134,7 @@ class LocalStorage(Storage):
 
     def read(self, key: str, etag: str = "") -> bytes:
         path = self.uri_of(key)
-        with _local_errors(path), open(path, "rb") as file:
+        with _errors(path), open(path, "rb") as file:
             data = file.read()
             found = _entry(key, os.fstat(file.fileno()))
         if etag and (found.etag != etag or found.size != len(data)):
@@ -189,7 +163,7 @@ class LocalStorage(Storage):
         """A hidden, synced file beside `key` that holds all of `data`; gone when the context ends."""
         path = Path(self.uri_of(key))
         temporary = path.with_name(f".{uuid.uuid4().hex}.fruitray-tmp")
-        with _local_errors(str(path)):
+        with _errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "wb") as file:
@@ -222,7 +196,7 @@ _LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.E
 
 
 @contextmanager
-def _local_errors(path: str) -> Iterator[None]:
+def _errors(path: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -232,151 +206,3 @@ def _local_errors(path: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise AccessDeniedError(path, reason) from error
         raise (StorageError if error.errno in _LASTING else TryAgainError)(path, reason) from error
-
-
-class S3Storage(Storage):
-    """A bucket, or a prefix in it."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
-        self._bucket = bucket
-        self._root = f"{prefix}/" if prefix else ""
-        self._client = _s3_client(read_timeout_s=30, attempts=6)
-
-    def check(self) -> None:
-        client = _s3_client(read_timeout_s=5, attempts=2)
-        try:
-            with _s3_errors(self.uri):
-                client.list_objects_v2(Bucket=self._bucket, Prefix=self._root, MaxKeys=1)
-        except TryAgainError as error:
-            if isinstance(error.__cause__, EndpointConnectionError):
-                raise EndpointError(self.uri, error.reason) from error
-            raise
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._root + prefix)
-        with _s3_errors(self.uri):
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    if item["Key"] != self._root:  # the marker that some tools leave for the root "folder"
-                        yield Entry(item["Key"][len(self._root) :], item["Size"], item["ETag"].strip('"'))
-
-    def read(self, key: str, etag: str = "") -> bytes:
-        condition = {"IfMatch": f'"{etag}"'} if etag else {}
-        with _s3_errors(self.uri_of(key)):
-            for attempt in range(1, READ_ATTEMPTS + 1):
-                answer = self._client.get_object(Bucket=self._bucket, Key=self._root + key, **condition)
-                if etag and answer["ETag"].strip('"') != etag:  # a store that ignores If-Match
-                    raise ChangedError(self.uri_of(key), "changed since it was listed")
-                try:
-                    data: bytes = answer["Body"].read()
-                    return data
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    if attempt == READ_ATTEMPTS:
-                        raise
-                    time.sleep(0.2 * 2**attempt)
-        raise AssertionError("unreachable")
-
-    def write(self, key: str, data: bytes) -> None:
-        with _s3_errors(self.uri_of(key)):
-            self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data)
-
-    def create(self, key: str, data: bytes) -> bool:
-        condition = {"IfNoneMatch": "*"}
-        with _s3_errors(self.uri_of(key)):
-            for attempt in range(1, READ_ATTEMPTS + 1):
-                try:
-                    self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data, **condition)
-                    return True
-                except ClientError as error:
-                    code = error.response["Error"]["Code"]
-                    if code in ("PreconditionFailed", "412"):
-                        return False
-                    if code in ("NotImplemented", "501") and condition:  # a store that knows no such condition
-                        condition = {}
-                        continue
-                    if code != "ConditionalRequestConflict" or attempt == READ_ATTEMPTS:
-                        raise
-                    time.sleep(0.2 * 2**attempt)
-        raise AssertionError("unreachable")
-
-    def exists(self, key: str) -> bool:
-        try:
-            with _s3_errors(self.uri_of(key)):
-                self._client.head_object(Bucket=self._bucket, Key=self._root + key)
-        except NotFoundError:
-            return False
-        return True
-
-
-def _s3_client(*, read_timeout_s: float, attempts: int) -> Any:
-    config = Config(
-        connect_timeout=5,
-        read_timeout=read_timeout_s,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=32,
-        request_checksum_calculation="when_required",  # S3-compatible stores refuse the newer trailing checksums
-        response_checksum_validation="when_required",
-    )
-    with _s3_errors("s3://"):
-        return boto3.session.Session().client("s3", config=config)
-
-
-_BAD_KEYS = {
-    "InvalidAccessKeyId": "the access key is unknown to this store",
-    "SignatureDoesNotMatch": "the secret key is wrong",
-    "ExpiredToken": "the session token has expired",
-    "InvalidToken": "the session token is wrong",
-    "RequestTimeTooSkewed": "the clock of this machine is wrong",
-}
-
-
-@contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
-    """Turn what boto3 raises into one of ours, with the sentence a person needs."""
-    try:
-        yield
-    except ClientError as error:
-        raise _refusal(uri, error) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        hint = "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
-        raise CredentialsError(uri, hint) from error
-    except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
-        raise CredentialsError(uri, _one_line(error)) from error
-    except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
-        reason = f"no answer from {_endpoint()} ({type(error).__name__})"
-        raise (EndpointError if isinstance(error, SSLError) else TryAgainError)(uri, reason) from error
-    except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
-        raise StorageError(uri, _one_line(error)) from error
-    except ValueError as error:  # botocore's word for an endpoint URL that is none
-        raise EndpointError(uri, _one_line(error)) from error
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
-    code = error.response["Error"]["Code"]
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    if code == "NoSuchBucket":
-        return NotFoundError(uri, "there is no such bucket")
-    if code == "NoSuchKey":
-        return NotFoundError(uri, "there is no such object")
-    if status == 404:
-        return NotFoundError(uri, f"{_endpoint()} answers {code}")
-    if code in ("PreconditionFailed", "412"):
-        return ChangedError(uri, "changed since it was listed")
-    if code == "InvalidObjectState":
-        return ArchivedError(uri, "lies in an archive tier")
-    if code in _BAD_KEYS:
-        return CredentialsError(uri, _BAD_KEYS[code])
-    if status == 403:
-        return AccessDeniedError(uri, "access denied")
-    if (status >= 500 and status != 501) or code in ("SlowDown", "RequestTimeout", "Throttling"):
-        return TryAgainError(uri, f"{_endpoint()} answers {code}")
-    return StorageError(uri, f"{_endpoint()} answers {code}")

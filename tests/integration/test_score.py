@@ -5,7 +5,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -97,8 +96,7 @@ def test_killed_workers_and_drivers_leave_what_an_undisturbed_run_leaves(cluster
     code, printed = cluster.run("verify", "--out", f"{place}/disturbed")
     assert code == 0, printed
     assert f"{PHOTOS} inputs, one row each" in printed
-    assert _hashes(disturbed).keys() == _hashes(calm).keys()
-    assert [part.rows for part in verify(disturbed)] == [part.rows for part in verify(calm)]
+    assert _hashes(disturbed) == _hashes(calm)
 
 
 def test_the_rows_are_what_the_predictor_says_in_this_process(cluster: Cluster, place: str) -> None:
@@ -128,7 +126,7 @@ def test_a_finished_job_run_again_writes_nothing(cluster: Cluster, place: str) -
 
 
 def test_a_store_that_ignores_if_none_match_gets_a_warning_and_a_verified_output(
-    cluster: Cluster, weak_aws: str, weak_s3: S3Server, tmp_path: Path
+    cluster: Cluster, weak_aws: str, weak_s3: S3Server
 ) -> None:
     root = f"s3://{weak_aws}"
     _fill(root)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fruitray import storage as storage_module
+from fruitray import s3 as s3_module
 from fruitray.errors import (
     AccessDeniedError,
     ArchivedError,
@@ -494,7 +494,7 @@ def test_a_body_that_comes_short_is_read_again(stubborn: Stubborn) -> None:
 
 
 def test_a_body_that_always_comes_short_is_a_passing_fault(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "READ_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_module, "READ_ATTEMPTS", 2)
     asked = stubborn(CUT)
     with pytest.raises(TryAgainError, match="s3://fruit/a"):
         open_storage("s3://fruit").read("a")

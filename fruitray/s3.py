@@ -1,0 +1,190 @@
+"""Storage in a bucket: calls to boto3, and what it raises as errors of ours, with the sentence a person needs."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.exceptions import ConnectionError as HTTPConnectionError
+
+from fruitray.errors import (
+    AccessDeniedError,
+    ArchivedError,
+    ChangedError,
+    CredentialsError,
+    EndpointError,
+    NotFoundError,
+    StorageError,
+    TryAgainError,
+)
+from fruitray.storage import Entry, Storage
+
+READ_ATTEMPTS = 5
+"""How often a body that arrives short or stalls is read again before `TryAgainError`."""
+
+
+class S3Storage(Storage):
+    """A bucket, or a prefix in it."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
+        self._bucket = bucket
+        self._root = f"{prefix}/" if prefix else ""
+        self._client = _client(read_timeout_s=30, attempts=6)
+
+    def check(self) -> None:
+        client = _client(read_timeout_s=5, attempts=2)
+        try:
+            with _errors(self.uri):
+                client.list_objects_v2(Bucket=self._bucket, Prefix=self._root, MaxKeys=1)
+        except TryAgainError as error:
+            if isinstance(error.__cause__, EndpointConnectionError):
+                raise EndpointError(self.uri, error.reason) from error
+            raise
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._root + prefix)
+        with _errors(self.uri):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if item["Key"] != self._root:  # the marker that some tools leave for the root "folder"
+                        yield Entry(item["Key"][len(self._root) :], item["Size"], item["ETag"].strip('"'))
+
+    def read(self, key: str, etag: str = "") -> bytes:
+        condition = {"IfMatch": f'"{etag}"'} if etag else {}
+        with _errors(self.uri_of(key)):
+            for attempt in range(1, READ_ATTEMPTS + 1):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._root + key, **condition)
+                if etag and answer["ETag"].strip('"') != etag:  # a store that ignores If-Match
+                    raise ChangedError(self.uri_of(key), "changed since it was listed")
+                try:
+                    data: bytes = answer["Body"].read()
+                    return data
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    if attempt == READ_ATTEMPTS:
+                        raise
+                    time.sleep(0.2 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def write(self, key: str, data: bytes) -> None:
+        with _errors(self.uri_of(key)):
+            self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        condition = {"IfNoneMatch": "*"}
+        with _errors(self.uri_of(key)):
+            for attempt in range(1, READ_ATTEMPTS + 1):
+                try:
+                    self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data, **condition)
+                    return True
+                except ClientError as error:
+                    code = error.response["Error"]["Code"]
+                    if code in ("PreconditionFailed", "412"):
+                        return False
+                    if code in ("NotImplemented", "501") and condition:  # a store that knows no such condition
+                        condition = {}
+                        continue
+                    if code != "ConditionalRequestConflict" or attempt == READ_ATTEMPTS:
+                        raise
+                    time.sleep(0.2 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def exists(self, key: str) -> bool:
+        try:
+            with _errors(self.uri_of(key)):
+                self._client.head_object(Bucket=self._bucket, Key=self._root + key)
+        except NotFoundError:
+            return False
+        return True
+
+
+def _client(*, read_timeout_s: float, attempts: int) -> Any:
+    config = Config(
+        connect_timeout=5,
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,
+        request_checksum_calculation="when_required",  # S3-compatible stores refuse the newer trailing checksums
+        response_checksum_validation="when_required",
+    )
+    with _errors("s3://"):
+        return boto3.session.Session().client("s3", config=config)
+
+
+_BAD_KEYS = {
+    "InvalidAccessKeyId": "the access key is unknown to this store",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is wrong",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong",
+}
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Turn what boto3 raises into one of ours, with the sentence a person needs."""
+    try:
+        yield
+    except ClientError as error:
+        raise _refusal(uri, error) from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        hint = "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+        raise CredentialsError(uri, hint) from error
+    except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
+        raise CredentialsError(uri, _one_line(error)) from error
+    except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
+        reason = f"no answer from {_endpoint()} ({type(error).__name__})"
+        raise (EndpointError if isinstance(error, SSLError) else TryAgainError)(uri, reason) from error
+    except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
+        raise StorageError(uri, _one_line(error)) from error
+    except ValueError as error:  # botocore's word for an endpoint URL that is none
+        raise EndpointError(uri, _one_line(error)) from error
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
+    code = error.response["Error"]["Code"]
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    if code == "NoSuchBucket":
+        return NotFoundError(uri, "there is no such bucket")
+    if code == "NoSuchKey":
+        return NotFoundError(uri, "there is no such object")
+    if status == 404:
+        return NotFoundError(uri, f"{_endpoint()} answers {code}")
+    if code in ("PreconditionFailed", "412"):
+        return ChangedError(uri, "changed since it was listed")
+    if code == "InvalidObjectState":
+        return ArchivedError(uri, "lies in an archive tier")
+    if code in _BAD_KEYS:
+        return CredentialsError(uri, _BAD_KEYS[code])
+    if status == 403:
+        return AccessDeniedError(uri, "access denied")
+    if (status >= 500 and status != 501) or code in ("SlowDown", "RequestTimeout", "Throttling"):
+        return TryAgainError(uri, f"{_endpoint()} answers {code}")
+    return StorageError(uri, f"{_endpoint()} answers {code}")
