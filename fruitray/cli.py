@@ -46,6 +46,9 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         job = importlib.import_module(f"fruitray.cluster.{name}")
         print(job.run(config), flush=True)
         return 0
+    except KeyboardInterrupt:
+        print(f"fruitray {name}: interrupted", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         ours = find_ours(error)
         if ours is None:

@@ -81,8 +81,9 @@ def _run_jobs(config: DemoConfig, folder: Path) -> float:
 
 def _draw(per_class: int, raw: Storage) -> None:
     say(f"demo: drawing {3 * per_class} photos")
-    with progress("upload", 3 * per_class, "photos") as advance, ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(lambda item: raw.write(*item), photo_set(per_class).items()):
+    photos = photo_set(per_class)
+    with progress("upload", len(photos), "photos") as advance, ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda item: raw.write(*item), photos.items()):
             advance(1)
 
 

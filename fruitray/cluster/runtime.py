@@ -14,6 +14,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own screen; ours is `console.py`
 
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C would end a search as if it were complete
+
 import pyarrow as pa
 import ray
 import ray.data
@@ -24,10 +26,11 @@ from fruitray.console import say
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.storage import LocalStorage, Storage, open_storage
 
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
+
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine."""
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
