@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fruitray.config import REPORT_BACKBONES, ModelConfig, require
+from fruitray.config import REPORT_BACKBONES, SCRATCH, ModelConfig, require
 from fruitray.errors import UsageError
 from fruitray.preprocess import Preprocessing
 from fruitray.weights import Weights, download, load_all_but_head, load_file, state_hash, timm_pretrained
@@ -83,15 +83,15 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def pick_device() -> torch.device:
-    """The GPU if this process sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(*, gpu: bool) -> torch.device:
+    """The GPU if it is wanted and this process sees one, else the CPU. A Ray worker may see GPUs it did not reserve."""
+    return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
     cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go: then False
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_is_fast()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_is_fast()
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 
@@ -107,7 +107,7 @@ class _Plan:
 
 def _plan(config: ModelConfig) -> tuple[_Plan, Weights]:
     name = config.backbone
-    if name in ("mlp", "cnn"):
+    if name in SCRATCH:
         size = config.image_size or 300
         return (_mlp(size) if name == "mlp" else _cnn(size)), Weights("none", None)
     if name.startswith("timm/"):
@@ -191,7 +191,7 @@ def _timm(config: ModelConfig) -> tuple[_Plan, Weights]:
         import timm
         import timm.data
     except ImportError as error:
-        raise UsageError(f"--backbone {config.backbone}: needs the extra, pip install 'fruitray[timm]'") from error
+        raise UsageError(f"--backbone {config.backbone}: needs timm: pip install timm") from error
     name = config.backbone.removeprefix("timm/")
     if name not in timm.list_models() and name not in timm.list_pretrained():
         raise UsageError(f"--backbone {config.backbone}: timm has no model of this name")

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from fruitray.augment import augment
-from fruitray.errors import ImageError, OutputConflictError
+from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, Storage
@@ -62,6 +63,7 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
 def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> None:
     """Write `path`, which appears only when complete: (N, S, S, 3) uint8."""
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    _require_space(path.parent, len(entries) * 3 * preprocessing.size**2)
     shape = (len(entries), preprocessing.size, preprocessing.size, 3)
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
@@ -71,6 +73,15 @@ def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preproc
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _require_space(folder: Path, size: int) -> None:
+    """A full disk would kill this process without a word when the mapped file is written."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise TryAgainError(
+            str(folder), f"decoded photos need {size >> 20} MiB, {free >> 20} are free; see FRUITRAY_CACHE"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

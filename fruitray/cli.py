@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one job with command-line arguments; answers its exit code (see `errors.py`)."""
     try:
-        config = parse(name, list(sys.argv[1:] if argv is None else argv))
+        config = configs.resolved(parse(name, list(sys.argv[1:] if argv is None else argv)))
         job = importlib.import_module(f"fruitray.cluster.{name}")
         print(job.run(config), flush=True)
         return 0

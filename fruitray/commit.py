@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.errors import OutputConflictError, TryAgainError
+from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
 from fruitray.predictor import Prediction
 from fruitray.storage import Entry, Storage
 
@@ -194,7 +194,7 @@ def commit(
     if _create(out, plan, key, _parquet(pa.Table.from_pylist(rows, schema))):
         return True
     standing = _open(out.uri_of(key), out.read(key))
-    _require_shard(out.uri_of(key), standing, plan, shard, uris)
+    _require_shard(out.uri_of(key), standing, plan, shard, uris, etags)
     return False
 
 
@@ -239,6 +239,8 @@ def verify(out: Storage) -> list[Part]:
         TryAgainError: it is not finished.
         OutputConflictError: it is not what it says.
     """
+    if not out.exists(PLAN):
+        raise NotFoundError(out.uri_of(PLAN), "score has not written here")
     if not is_finished(out):
         raise TryAgainError(out.uri, f"has no {SUCCESS}: run score again to finish it")
     plan = read_plan(out)
@@ -264,7 +266,8 @@ def _check_parts(out: Storage, plan: Plan, root: str) -> list[Part]:
         key = part_key(shard)
         data = out.read(key)
         table = _open(out.uri_of(key), data)
-        _require_shard(out.uri_of(key), table, plan, shard, [f"{root}/{entry.key}" for entry in entries])
+        uris, etags = [f"{root}/{entry.key}" for entry in entries], [entry.etag for entry in entries]
+        _require_shard(out.uri_of(key), table, plan, shard, uris, etags)
         labels, errors = Counter(table["label"].to_pylist()), Counter(table["error_code"].to_pylist())
         del labels[None], errors[None]
         sha256 = hashlib.sha256(data).hexdigest()
@@ -283,7 +286,9 @@ def _open(uri: str, data: bytes) -> pa.Table:
         raise OutputConflictError(uri, "is no Parquet file, or a damaged one") from error
 
 
-def _require_shard(uri: str, table: pa.Table, plan: Plan, shard: int, uris: Sequence[str]) -> None:
+def _require_shard(
+    uri: str, table: pa.Table, plan: Plan, shard: int, uris: Sequence[str], etags: Sequence[str]
+) -> None:
     metadata = table.schema.metadata or {}
     if metadata.get(b"fruitray.plan") != plan.hash.encode():
         raise OutputConflictError(uri, "belongs to another plan")
@@ -291,6 +296,10 @@ def _require_shard(uri: str, table: pa.Table, plan: Plan, shard: int, uris: Sequ
         raise OutputConflictError(uri, "holds another shard")
     if table.schema.names != SCHEMA.names or table["uri"].to_pylist() != list(uris):
         raise OutputConflictError(uri, "does not hold exactly the planned inputs")
+    if table["etag"].to_pylist() != list(etags):
+        raise OutputConflictError(uri, "holds other versions of its inputs than were planned")
+    if set(table["model_id"].to_pylist()) != {plan.settings["model_id"]}:
+        raise OutputConflictError(uri, "holds rows of another model")
 
 
 def _create(out: Storage, plan: Plan, key: str, data: bytes) -> bool:

@@ -6,12 +6,16 @@ the same name.
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fruitray.errors import UsageError
 
-AUGMENTATIONS = ("none", "mirror")
+Augmentation = Literal["none", "mirror"]
+SCRATCH = ("mlp", "cnn")
+"""Backbones that nobody has weights for: always trained whole, from random weights."""
 REPORT_BACKBONES = ("mlp", "cnn", "vgg16", "resnet50", "efficientnet_b2")
 
 
@@ -58,7 +62,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
         require(self.image_size is None or self.image_size >= 32, "image_size", self.image_size, "must be at least 32")
-        scratch = self.backbone in ("mlp", "cnn") or self.weights == "none"
+        if self.backbone in SCRATCH:
+            known = self.weights in ("imagenet", "none")
+            require(known, "weights", self.weights, f"{self.backbone} always starts from random weights")
+            object.__setattr__(self, "weights", "none")
+        scratch = self.weights == "none"
         require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
 
 
@@ -79,7 +87,7 @@ class FitConfig:
     patience: int = 3
     """Stop after so many epochs without a better one, by validation accuracy, then loss; the best epoch's weights are
     restored."""
-    augment: Literal["none", "mirror"] = "mirror"
+    augment: Augmentation = "mirror"
     """`mirror` shows each training photo left-right mirrored half of the time."""
     seed: int = 0
     """Seeds the head, the order of the photos, augmentation and dropout."""
@@ -87,11 +95,11 @@ class FitConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be positive")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must not be negative")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         require(self.patience >= 1, "patience", self.patience, "must be at least 1")
-        require(self.augment in AUGMENTATIONS, "augment", self.augment, f"must be one of {', '.join(AUGMENTATIONS)}")
+        require(self.augment in get_args(Augmentation), "augment", self.augment, "must be none or mirror")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +113,7 @@ class TuneConfig:
     trials: int = 8
     """How many trials to draw."""
     backbones: tuple[str, ...] = ("cnn", "mobilenet_v2", "efficientnet_b2")
-    """Backbones to compare; each gets the same number of trials."""
+    """Backbones to compare; they take turns, so each gets its share of the trials."""
     weights: str = "imagenet"
     """As for `train`; a folder serves all backbones. `mlp` and `cnn` always start from random weights."""
     learning_rates: tuple[float, float] = (1e-4, 1e-2)
@@ -114,15 +122,15 @@ class TuneConfig:
     """Batch sizes to draw from."""
     dropouts: tuple[float, ...] = (0.0, 0.2, 0.5)
     """Dropouts to draw from."""
-    frozen: tuple[bool, ...] = (True,)
-    """Whether pretrained backbones are frozen; give both to search over it."""
+    frozen_choices: tuple[bool, ...] = (True,)
+    """Whether pretrained backbones are frozen; give `True False` to search over it."""
     image_size: int | None = None
     """As for `train`."""
     epochs: int = 10
     """At most so many epochs per trial; ASHA stops the weaker ones early."""
     patience: int = 3
     """As for `train`."""
-    augment: Literal["none", "mirror"] = "mirror"
+    augment: Augmentation = "mirror"
     """As for `train`."""
     seed: int = 0
     """Draws the trials, and seeds each of them alike."""
@@ -132,13 +140,13 @@ class TuneConfig:
     """GPUs reserved for each trial; a fraction lets several share one."""
 
     def __post_init__(self) -> None:
-        require(self.trials >= 1, "trials", self.trials, "must be at least 1")
         require(len(self.backbones) >= 1, "backbones", self.backbones, "name at least one")
+        require(self.trials >= len(self.backbones), "trials", self.trials, "each backbone needs one at least")
         low, high = self.learning_rates
         require(0 < low <= high, "learning_rates", self.learning_rates, "give the lower, then the higher, above 0")
         require(len(self.batch_sizes) >= 1 and min(self.batch_sizes) >= 1, "batch_sizes", self.batch_sizes, "all >= 1")
         require(len(self.dropouts) >= 1, "dropouts", self.dropouts, "name at least one")
-        require(len(self.frozen) >= 1, "frozen", self.frozen, "give True, False or both")
+        require(len(self.frozen_choices) >= 1, "frozen_choices", self.frozen_choices, "give True, False or both")
         require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
         require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
 
@@ -176,12 +184,12 @@ class ScoreConfig:
     """Folder or s3:// prefix for data/part-*.parquet, manifest.json and _SUCCESS. The same command again resumes."""
     top_k: int = 3
     """How many labels and scores each row lists."""
-    shard_rows: int = 1000
+    shard_rows: int = 256
     """Rows per Parquet file: the unit of work, commit and resume."""
     batch_size: int = 32
     """Photos per forward pass."""
     workers: int = 0
-    """Scoring processes; 0 takes one per free CPU, or one per GPU with --gpu."""
+    """Scoring processes; 0 takes one per CPU of the cluster, or one per GPU with --gpu."""
     gpu: bool = False
     """Give each worker one GPU."""
     max_error_rate: float = 1.0
@@ -220,6 +228,22 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
+
+
+PLACES = ("config", "images", "index", "out", "package", "weights")
+"""The options that name a place in storage."""
+
+
+def resolved(config: Any) -> Any:
+    """`config` with its local paths made absolute: workers run in folders of their own."""
+    changes = {}
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            changes[name] = resolved(value)
+        elif name in PLACES and value not in (None, "imagenet", "none") and "://" not in value:
+            changes[name] = os.path.abspath(os.path.expanduser(value))
+    return dataclasses.replace(config, **changes)
 
 
 def to_json(config: Any) -> bytes:

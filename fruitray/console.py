@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
 
@@ -16,7 +17,7 @@ _OUT = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """One line, as it is."""
-    _OUT.print(text, markup=False)
+    _OUT.print(text, markup=False, emoji=False)
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -25,9 +26,9 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     table = Table(title=title, title_justify="left", title_style="bold")
     for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
+        table.add_column(Text(name), justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
     Console(highlight=False, width=None if _OUT.is_terminal else 160).print(table)
 
 

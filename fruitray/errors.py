@@ -67,6 +67,8 @@ class TooManyBadImagesError(FruitrayError):
     exit_code: ClassVar[int] = 4
 
     def __str__(self) -> str:
+        if self.errors == self.rows:
+            return f"all {self.rows} rows in {self.uri} are errors"
         allowed = f"{100 * self.max_error_rate:g}%"
         return f"{self.errors} of {self.rows} rows in {self.uri} are errors, more than the {allowed} allowed"
 

@@ -33,11 +33,11 @@ class Predictor:
     """A package, ready on this process's device. Batches are cut from the readable photos in order, so equal lists give
     equal predictions."""
 
-    def __init__(self, package: Package, *, top_k: int = 3, batch_size: int = 32) -> None:
+    def __init__(self, package: Package, *, top_k: int = 3, batch_size: int = 32, gpu: bool = True) -> None:
         self.package = package
         self._top_k = min(top_k, len(package.classes))
         self._batch_size = batch_size
-        self._device = pick_device()
+        self._device = pick_device(gpu=gpu)
         self._model = package.model.to(self._device).eval()
 
     def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:

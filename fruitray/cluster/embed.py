@@ -9,7 +9,7 @@ import ray.data
 import torch
 
 from fruitray.backbones import build, pick_device
-from fruitray.cluster.runtime import stream, worker_count
+from fruitray.cluster.runtime import open_input, stream, worker_count
 from fruitray.config import ModelConfig
 from fruitray.console import progress
 from fruitray.features import embed, feature_rows, features_key, from_arrow, has_features, to_arrow, write_features
@@ -56,7 +56,7 @@ def ensure_features(index_uri: str, index: Index, package: Package, policy: str,
         for result in stream(
             chunks,
             _Embedder,
-            fn_constructor_args=(package.uri, index.images),
+            fn_constructor_args=(package.uri, index.images, gpu),
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(chunks))),
             num_cpus=1,
             num_gpus=1 if gpu else 0,
@@ -70,13 +70,13 @@ def ensure_features(index_uri: str, index: Index, package: Package, policy: str,
 class _Embedder:
     """One worker: chunks of rows in, their embeddings out."""
 
-    def __init__(self, package_uri: str, images: str) -> None:
+    def __init__(self, package_uri: str, images: str, gpu: bool) -> None:
         torch.set_num_threads(1)
         self._model = load_package(package_uri).model
-        self._images = open_storage(images)
+        self._images, self._device = open_input(images), pick_device(gpu=gpu)
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = chunk.to_pylist()
         wanted = [(Entry(row["key"], row["size"], row["etag"]), row["variant"]) for row in rows]
-        embeddings = embed(self._model, self._images, wanted, pick_device())
+        embeddings = embed(self._model, self._images, wanted, self._device)
         return pa.table({"row": chunk["row"], "embedding": to_arrow(embeddings)})

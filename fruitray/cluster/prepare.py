@@ -6,14 +6,14 @@ from dataclasses import asdict
 import pyarrow as pa
 
 from fruitray.audit import audit, summary
-from fruitray.cluster.runtime import connect, open_input, open_output, stream
-from fruitray.config import PrepareConfig, to_json
+from fruitray.cluster.runtime import claim, connect, open_input, open_output, stream
+from fruitray.config import PrepareConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import NoInputError
 from fruitray.images import list_images
 from fruitray.index import FILE, SCHEMA, write_index
 from fruitray.split import assign_splits
-from fruitray.storage import Entry, open_storage
+from fruitray.storage import Entry
 
 CHUNK = 128
 
@@ -25,6 +25,7 @@ def run(config: PrepareConfig) -> str:
     entries, skipped = list_images(images)
     if not entries:
         raise NoInputError(images.uri)
+    claim(out, "prepare", config)
     connect()
     rows = []
     with progress("prepare", len(entries), "photos") as advance:
@@ -35,7 +36,6 @@ def run(config: PrepareConfig) -> str:
     write_index(out, rows, images.uri)
     found = summary(rows) | {"skipped_hidden": skipped}
     out.write("audit.json", json.dumps(found, indent=2).encode())
-    out.write("prepare.json", to_json(config))
     show_table("photos by split", found["by_split"])
     show_table("photos by size", found["sizes"])
     copies = f"{found['exact_duplicate_files']} exact duplicates in {found['exact_duplicate_groups']} groups"
@@ -50,6 +50,6 @@ def _chunks(root: str, entries: list[Entry]) -> list[pa.Table]:
 
 
 def _audit_chunk(chunk: pa.Table) -> pa.Table:
-    storage = open_storage(chunk["root"][0].as_py())
+    storage = open_input(chunk["root"][0].as_py())  # a node that cannot see the photos must say so, not call them gone
     entries = [Entry(**row) for row in chunk.drop_columns("root").to_pylist()]
     return pa.Table.from_pylist(list(audit(storage, entries)), SCHEMA)

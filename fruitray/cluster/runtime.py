@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fruitray.config import to_json
 from fruitray.console import say
@@ -66,7 +67,8 @@ def own_cluster(folder: Path) -> Iterator[None]:
 @contextmanager
 def lines_from_workers() -> Iterator[Queue]:
     """Yields a queue to hand to workers: what they put into it is said on the driver's console."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def listen() -> None:
         while (line := queue.get()) is not None:
@@ -99,36 +101,52 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-def require_ours(out: Storage, name: str, config: Any) -> None:
-    """Raise `OutputConflictError` if `out` was made by the job `name` with other settings."""
+FREE = ("config", "workers", "gpu", "cpus_per_trial", "gpus_per_trial")
+"""Options that do not decide what comes out, so a job may be resumed with others."""
+
+
+def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
+    """Raise `OutputConflictError` if `out` was made by the job `name` with other settings, or of another index."""
     key = f"{name}.json"
     if not out.exists(key):
         return
-    standing, wanted = _options(out.read(key)), _options(to_json(config))
+    standing, wanted = _options(out.read(key)), _options(_saved(config, index_sha256))
     for option, value in wanted.items():
         if standing.get(option) != value:
             reason = f"was made with {option} {standing.get(option)!r}, not {value!r}; choose another --out"
             raise OutputConflictError(out.uri_of(key), reason)
 
 
-def claim(out: Storage, name: str, config: Any) -> None:
+def claim(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
     """Save the resolved config as `NAME.json`, which makes `out` this job's; see `require_ours`."""
-    if out.exists(f"{name}.json") or not out.create(f"{name}.json", to_json(config)):
-        require_ours(out, name, config)
+    if out.exists(f"{name}.json") or not out.create(f"{name}.json", _saved(config, index_sha256)):
+        require_ours(out, name, config, index_sha256)
+
+
+def _saved(config: Any, index_sha256: str) -> bytes:
+    return json.dumps({**json.loads(to_json(config)), "index_sha256": index_sha256}, indent=2, sort_keys=True).encode()
 
 
 def _options(saved: bytes) -> dict[str, Any]:
-    """A saved config as the command line has it: without the groups."""
+    """What decides the output of a saved config, as the command line has it: without the groups."""
     config: dict[str, Any] = json.loads(saved)
     groups = [name for name, value in config.items() if isinstance(value, dict)]
-    return config | {option: value for name in groups for option, value in config.pop(name).items()}
+    flat = config | {option: value for name in groups for option, value in config.pop(name).items()}
+    return {option: value for option, value in flat.items() if option not in FREE}
+
+
+ATTEMPTS = 10
+"""How many workers may die over one table before the job does."""
 
 
 def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any], **options: Any) -> Iterator[pa.Table]:
     """`work` over each table, one call per table, results as they come, in no promised order.
 
-    A killed worker's table is done again elsewhere. `options` are those of `Dataset.map_batches`.
+    A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
+    `options` are those of `Dataset.map_batches`.
     """
+    if isinstance(work, type):
+        options |= {"max_restarts": -1, "max_task_retries": ATTEMPTS}
     dataset = ray.data.from_arrow(list(tables))
     # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
     done = dataset.map_batches(work, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
@@ -139,7 +157,13 @@ def worker_count(asked: int, *, gpu: bool) -> int:
     """How many workers to run: as asked, else one per CPU (or GPU) of the cluster."""
     kind = "GPU" if gpu else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
-    wanted = asked or there
-    if not 0 < wanted <= there:
-        raise UsageError(f"--workers {asked}: the cluster has {there} {kind}s")
-    return wanted
+    if not there or asked > there:
+        raise UsageError(f"--workers {asked}: the cluster has {there} {kind}s at present, and each worker takes one")
+    return asked or there
+
+
+def require_resources(cpus: float, gpus: float) -> None:
+    """Raise `UsageError` if no node could ever hold a trial; it would wait without a word."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise UsageError(f"--cpus-per-trial {cpus} --gpus-per-trial {gpus}: no node of the cluster has that much")

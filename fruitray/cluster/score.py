@@ -25,7 +25,7 @@ from fruitray.commit import (
 )
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import progress, say, show_table
-from fruitray.errors import NoInputError, TooManyBadImagesError
+from fruitray.errors import NoInputError, OutputConflictError, TooManyBadImagesError
 from fruitray.images import fetch, list_images
 from fruitray.package import load_package
 from fruitray.predictor import Predictor
@@ -88,7 +88,7 @@ def _score(config: ScoreConfig, out: Storage, shards: list[tuple[int, list[Entry
         for result in stream(
             tables,
             _Scorer,
-            fn_constructor_args=(config.package, config.images, config.out, config.top_k, config.batch_size),
+            fn_constructor_args=(config,),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if config.gpu else 0,
@@ -102,11 +102,14 @@ def _score(config: ScoreConfig, out: Storage, shards: list[tuple[int, list[Entry
 class _Scorer:
     """One worker: a shard in, its rows committed, their counts out."""
 
-    def __init__(self, package: str, images: str, out: str, top_k: int, batch_size: int) -> None:
+    def __init__(self, config: ScoreConfig) -> None:
         torch.set_num_threads(1)
-        self._predictor = Predictor(load_package(package), top_k=top_k, batch_size=batch_size)
-        self._images, self._out = open_storage(images), open_storage(out)
+        package = load_package(config.package)
+        self._predictor = Predictor(package, top_k=config.top_k, batch_size=config.batch_size, gpu=config.gpu)
+        self._images, self._out = open_input(config.images), open_storage(config.out)
         self._plan = read_plan(self._out)
+        if package.model_id != self._plan.settings["model_id"]:
+            raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
         [shard] = task.to_pylist()

@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -30,10 +32,10 @@ def run(config: TrainConfig) -> str:
     """Train, or resume, and write the package; show its metrics. A finished package is left as it is."""
     index = read_index(config.index)
     out = open_output(config.out)
-    require_ours(out, "train", config)
+    require_ours(out, "train", config, index.sha256)
     if not out.exists(DESCRIPTION):
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
-        claim(out, "train", config)
+        claim(out, "train", config, index.sha256)
         connect()
         worker_count(config.workers, gpu=config.gpu)
         if config.model.frozen:
@@ -49,7 +51,9 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=_share(config)
+        ),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=f"{out.uri}/_ray",
@@ -58,6 +62,14 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
         ),
     )
     trainer.fit()
+
+
+def _share(config: TrainConfig) -> dict[str, float]:
+    """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets."""
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus >= 1]
+    share = min(nodes) // -(-config.workers // len(nodes))
+    return {"CPU": max(1, share), **({"GPU": 1} if config.gpu else {})}
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -74,7 +86,6 @@ def _work(job: dict[str, Any]) -> None:
     module: nn.Module = DistributedDataParallel(recipe.module) if world > 1 else recipe.module
     resume = _read_checkpoint()
     history = resume["history"] if resume else []
-    epoch = None
     for epoch in fit(
         module,
         recipe.train,
@@ -87,7 +98,8 @@ def _work(job: dict[str, Any]) -> None:
         history.append(_measured(epoch))
         _report(history, epoch, rank)
         if rank == 0:
-            job["lines"].put(_line(epoch, fit_config))
+            with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
+                job["lines"].put(_line(epoch, fit_config))
     if rank == 0:
         facts = {
             "initial_weights": initial.description["initial_weights"],

@@ -14,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.backbones import parameter_counts, pick_device, skeleton
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import claim, connect, open_output, require_ours
+from fruitray.cluster.runtime import claim, connect, open_output, require_ours, require_resources
 from fruitray.config import FitConfig, ModelConfig, TuneConfig
 from fruitray.console import LOG_INTERVAL_S, say, show_table
 from fruitray.errors import TrialsFailedError, find_ours
@@ -56,20 +56,21 @@ def run(config: TuneConfig) -> str:
     """Run or resume the search; write `trials.parquet` and `best.json`; show the trials, best first."""
     index = read_index(config.index)
     out = open_output(config.out)
-    require_ours(out, "tune", config)
+    require_ours(out, "tune", config, index.sha256)
     trials = draw_trials(config)
     initial = _initial_models(config, out, index.classes, trials)
-    claim(out, "tune", config)
+    claim(out, "tune", config, index.sha256)
     connect()
+    require_resources(config.cpus_per_trial, config.gpus_per_trial)
     for backbone in {model.backbone for model, _ in trials if model.frozen}:
         ensure_features(config.index, index, initial[backbone], config.augment, gpu=config.gpus_per_trial > 0)
-    rows = sorted(_search(config, out, trials, initial), key=lambda row: (-(row["accuracy"] or 0), row["trial"]))
+    rows = sorted(_search(config, out, trials, initial), key=_rank)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink)
     out.write("trials.parquet", sink.getvalue().to_pybytes())
     show_trials(rows)
     best = rows[0]
-    if best["accuracy"] is None:
+    if best["error"]:
         raise TrialsFailedError(out.uri, best["error"])
     model, fit_config = trials[best["trial"]]
     out.write("best.json", json.dumps({"model": asdict(model), "fit": asdict(fit_config)}, indent=2).encode())
@@ -77,6 +78,11 @@ def run(config: TuneConfig) -> str:
     said = f"validation accuracy {best['accuracy']:.4f}; recall: {found}"
     say(f"best: trial {best['trial']}, {best['backbone']}, {said}")
     return f"tune: {len(rows)} trials in {out.uri_of('trials.parquet')}, the best one in {out.uri_of('best.json')}"
+
+
+def _rank(row: dict[str, Any]) -> tuple[bool, float, int]:
+    """The best first; failed trials last, whatever they had reached: training would fail in the same way."""
+    return row["error"] is not None, -(row["accuracy"] or 0.0), row["trial"]
 
 
 def _initial_models(
@@ -95,6 +101,7 @@ def _search(
         "index": config.index,
         "initial": {backbone: package.uri for backbone, package in initial.items()},
         "cpus": config.cpus_per_trial,
+        "gpu": config.gpus_per_trial > 0,
         "trial": tune.grid_search(
             [
                 {"number": number, "model": asdict(model), "fit": asdict(fit_config)}
@@ -136,7 +143,7 @@ def _trial(space: dict[str, Any]) -> None:
         "trained_parameters": trained,
         "initial_state_hash": state_hash(model.state_dict()),
     }
-    device = pick_device()
+    device = pick_device(gpu=space["gpu"])
     for epoch in fit(recipe.module.to(device), recipe.train, recipe.val, fit_config, device=device):
         tune.report({**facts, **_measured(epoch), "seconds": time.perf_counter() - start})
 

@@ -84,7 +84,7 @@ def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
         (("prepare", "--images", "ftp://host/x", "--out", "{tmp}/out"), 2, "s3://bucket/prefix"),
         (("train", "--index", "{tmp}", "--out", "{tmp}/m", "--config", "{tmp}/absent.json"), 6, "absent.json"),
         (("score", "--package", "{tmp}", "--images", "{tmp}", "--out", "{tmp}-out"), 7, "no model package"),
-        (("verify", "--out", "{tmp}"), 75, "run score again"),
+        (("verify", "--out", "{tmp}"), 6, "score has not written here"),
     ],
 )
 def test_a_wrong_request_ends_in_one_sentence_and_its_exit_code(

@@ -708,3 +708,15 @@ def test_a_damaged_part_hinders_the_seal() -> None:
     with pytest.raises(OutputConflictError, match="part-000000"):
         finish(out, plan, IMAGES)
     assert not is_finished(out)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "etag", "said"), [("model-b", None, "another model"), ("model-a", "x", "versions")]
+)
+def test_rows_of_another_model_or_of_other_versions_are_not_sealed(model_id: str, etag: str | None, said: str) -> None:
+    out, entries = Memory(), inputs()
+    plan = write_plan(out, SETTINGS, entries, len(entries))
+    uris, etags = [f"{IMAGES}/{entry.key}" for entry in entries], [etag or entry.etag for entry in entries]
+    commit(out, plan, 0, uris, etags, predictions(entries, model_id), model_id)
+    with pytest.raises(OutputConflictError, match=said):
+        finish(out, plan, IMAGES)

@@ -21,7 +21,7 @@ def test_each_backbone_gets_its_share() -> None:
 
 
 def test_only_pretrained_backbones_are_frozen() -> None:
-    space = {"backbones": ("mlp", "cnn", "resnet50"), "frozen": (True,)}
+    space = {"backbones": ("mlp", "cnn", "resnet50"), "frozen_choices": (True,)}
     frozen = {model.backbone for model, _ in draw_trials(_config(**space)) if model.frozen}
     assert frozen == {"resnet50"}
     assert not any(model.frozen for model, _ in draw_trials(_config(weights="none", **space)))
