@@ -2,6 +2,8 @@
 
     ray job submit --working-dir . -- python -m jobs.score --package s3://fruit/model --images s3://fruit/new \\
         --out s3://fruit/scores
+
+Starting takes some ten seconds; the rest is the model's.
 """
 
 import sys

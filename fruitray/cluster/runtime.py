@@ -145,11 +145,17 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
     A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
     `options` are those of `Dataset.map_batches`.
     """
-    if isinstance(work, type):
-        options |= {"max_restarts": -1, "max_task_retries": ATTEMPTS}
     dataset = ray.data.from_arrow(list(tables))
     # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
-    done = dataset.map_batches(work, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **options)
+    retries = {"max_task_retries" if isinstance(work, type) else "max_retries": ATTEMPTS}
+    done = dataset.map_batches(
+        work,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        ray_remote_args_fn=lambda: retries,
+        **options,
+    )
     yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
