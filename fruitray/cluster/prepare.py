@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pyarrow as pa
 
 from fruitray.audit import audit, summary
-from fruitray.cluster.runtime import claim, connect, open_input, open_output, stream
+from fruitray.cluster.runtime import claim, connect, open_input, open_output, require_ours, stream
 from fruitray.config import PrepareConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import NoInputError
@@ -22,10 +22,10 @@ def run(config: PrepareConfig) -> str:
     """Write `index.parquet` and `audit.json`; show counts and the size table."""
     images = open_input(config.images)
     out = open_output(config.out, images)
+    require_ours(out, "prepare", config)
     entries, skipped = list_images(images)
     if not entries:
         raise NoInputError(images.uri)
-    claim(out, "prepare", config)
     connect()
     rows = []
     with progress("prepare", len(entries), "photos") as advance:
@@ -33,6 +33,7 @@ def run(config: PrepareConfig) -> str:
             rows += facts.to_pylist()
             advance(facts.num_rows)
     rows = assign_splits(rows, val_fraction=config.val_fraction, seed=config.seed)
+    claim(out, "prepare", config)
     write_index(out, rows, images.uri)
     found = summary(rows) | {"skipped_hidden": skipped}
     out.write("audit.json", json.dumps(found, indent=2).encode())
