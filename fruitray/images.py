@@ -44,7 +44,8 @@ CODES = {
     "E_FORMAT": "an image format other than JPEG, PNG or WebP",
     "E_TRUNCATED": "the file ends before the image does",
     "E_CORRUPT": "the image data is damaged",
-    "E_DECODE_CRASH": "decoding it took more memory than there is",
+    "E_DECODE_CRASH": "decoding it took more memory than there is, or ended the process that did it",
+    "E_TIMEOUT": "decoding it took too long",
     "E_METADATA": "the metadata is damaged or a bomb",
     "E_TOO_LARGE": f"more than {MAX_PIXELS // 10**6} megapixels",
     "E_TOO_COMPLEX": "too many progressive scans for its size",
@@ -63,24 +64,32 @@ CODES = {
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One decoded photo, upright. `pixels` is (3, H, W) uint8 RGB, a view of (H, W, 3) memory (channels last)."""
+    """One decoded photo."""
 
-    pixels: NDArray[np.uint8]
+    image: Image.Image
+    """RGB, upright."""
     mode: str
     """Pillow's mode in the file: RGB, L, CMYK, P, RGBA, ..."""
     format: str
     frames: int = 1
     """How many there are in the file; the first is decoded."""
+    orientation: int = 1
+    """EXIF's 1 to 8, as applied; 1 where there is none, or nonsense."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(3, H, W) uint8 RGB, a view of (H, W, 3) memory (channels last)."""
+        return np.asarray(self.image).transpose(2, 0, 1)
 
     @property
     def height(self) -> int:
         """Pixels from top to bottom, after EXIF rotation."""
-        return int(self.pixels.shape[1])
+        return self.image.height
 
     @property
     def width(self) -> int:
         """Pixels from left to right, after EXIF rotation."""
-        return int(self.pixels.shape[2])
+        return self.image.width
 
 
 def list_images(storage: Storage) -> tuple[list[Entry], int]:
@@ -150,8 +159,9 @@ def decode(data: bytes) -> Photo:
                 raise image_error("E_TRUNCATED")
             image.load()
             frames = int(getattr(image, "n_frames", 1))
-            pixels = np.asarray(_to_rgb(_upright(image)))
-            return Photo(pixels.transpose(2, 0, 1), image.mode, file_format, frames)
+            orientation = _orientation(image)
+            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+            return Photo(_to_rgb(upright), image.mode, file_format, frames, orientation)
     except ImageError:
         raise
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
@@ -256,12 +266,12 @@ _UPRIGHT = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:  # not ImageOps.exif_transpose: it writes the whole EXIF anew, and leaves photos lying where that fails
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        said = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(said) if said in _UPRIGHT else 1
     except Exception:  # nonsense EXIF is not the photo's fault: many error types, all ignored
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -271,4 +281,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
