@@ -6,7 +6,6 @@ import random
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,51 +30,25 @@ from fruitray.errors import (
 )
 from fruitray.images import CODES, MAX_BYTES, decode, fetch, list_images
 from fruitray.storage import Entry, LocalStorage, Storage
-
-WIDTH, HEIGHT = 32, 24
-# Red grows to the right and green downwards, so every turn and mirroring shows.
-GRADIENT = np.stack(
-    [
-        *np.meshgrid(np.linspace(0, 250, WIDTH), np.linspace(0, 250, HEIGHT)),
-        np.full((HEIGHT, WIDTH), 60),
-    ],
-    axis=-1,
-).astype(np.uint8)
-PHOTO = Image.fromarray(GRADIENT)
-
-
-def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, file_format, **options)
-    return sink.getvalue()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(side: tuple[int, int], depth: int, colour: int, row: bytes, *extra: bytes) -> bytes:
-    """A PNG of (at most 100) equal rows, with `extra` chunks before its pixels: what Pillow itself does not write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *side, depth, colour, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * min(side[1], 100)))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
-
-
-def chunks(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where each chunk of a PNG begins and ends."""
-    start = 8
-    while start < len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4])
-        yield start, end
-        start = end
-
-
-def jpeg_with(segment: bytes, jpeg: bytes, marker: bytes = b"\xff\xe1") -> bytes:
-    return jpeg[:2] + marker + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+from tests.unit.photos import (
+    CODED,
+    GRADIENT,
+    HEIGHT,
+    JPEG,
+    METADATA_BOMBS,
+    PHOTO,
+    PNG,
+    SCANS,
+    WEBP,
+    WHOLE,
+    WIDTH,
+    chunk,
+    chunks,
+    encoded,
+    exif_entries,
+    jpeg_with,
+    png,
+)
 
 
 def code_of(data: bytes) -> str:
@@ -102,23 +75,6 @@ def hwc(data: bytes) -> np.ndarray:
     return decode(data).pixels.transpose(1, 2, 0)
 
 
-JPEG = encoded(PHOTO, "JPEG", quality=95, subsampling=0)
-PNG = encoded(PHOTO, "PNG")
-WEBP = encoded(PHOTO, "WEBP", lossless=True)
-NOISE_PNG = encoded(noise(48, 40), "PNG")
-THUMBNAILED = jpeg_with(b"Exif\0\0" + encoded(noise(16, 16), "JPEG"), encoded(noise(48, 40), "JPEG"))
-WHOLE = {
-    "jpeg": encoded(noise(48, 40), "JPEG"),
-    "jpeg in scans": encoded(noise(48, 40), "JPEG", progressive=True),
-    "jpeg with restarts": encoded(noise(48, 40), "JPEG", restart_marker_rows=1),
-    "jpeg with a thumbnail": THUMBNAILED,
-    "png": NOISE_PNG,
-    "png with text behind": NOISE_PNG[:-12] + chunk(b"tEXt", b"Comment\0IDAT IEND") + NOISE_PNG[-12:],
-    "png animated": encoded(noise(48, 40), "PNG", save_all=True, append_images=[Image.new("RGB", (48, 40))]),
-    "webp": encoded(noise(48, 40), "WEBP"),
-    "webp lossless": encoded(noise(48, 40), "WEBP", lossless=True),
-    "webp animated": encoded(noise(48, 40), "WEBP", save_all=True, append_images=[Image.new("RGB", (48, 40))]),
-}
 every_format = pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE.keys())
 
 
@@ -198,12 +154,6 @@ def test_exif_rotation_is_applied(orientation: int, file_format: str) -> None:
     assert (photo.width, photo.height) == ((HEIGHT, WIDTH) if orientation > 4 else (WIDTH, HEIGHT))
 
 
-def exif_entries(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """An EXIF segment of (tag, type, count, four bytes of value) entries."""
-    listed = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
-    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + listed + bytes(4)
-
-
 @pytest.mark.parametrize(
     "exif",
     [
@@ -235,35 +185,7 @@ def test_the_name_a_file_has_does_not_matter_to_its_format(tmp_path: Path) -> No
 # ---- Files that are no usable photo
 
 
-@pytest.mark.parametrize(
-    ("data", "code"),
-    [
-        pytest.param(b"", "E_EMPTY", id="zero bytes"),
-        pytest.param(b"a note about fruit\n", "E_NOT_IMAGE", id="text"),
-        pytest.param(b"<!DOCTYPE html><title>404</title>", "E_NOT_IMAGE", id="an error page"),
-        pytest.param(b"%PDF-1.7\n" + JPEG, "E_NOT_IMAGE", id="PDF before a JPEG"),
-        pytest.param(bytes(500), "E_NOT_IMAGE", id="zeros"),
-        pytest.param(encoded(PHOTO, "GIF"), "E_FORMAT", id="GIF"),
-        pytest.param(encoded(PHOTO, "TIFF"), "E_FORMAT", id="TIFF"),
-        pytest.param(b"MM\0*" + bytes(50), "E_FORMAT", id="TIFF, Motorola order"),
-        pytest.param(encoded(PHOTO, "BMP"), "E_FORMAT", id="BMP"),
-        pytest.param(encoded(PHOTO, "EPS"), "E_FORMAT", id="EPS"),
-        pytest.param(encoded(PHOTO, "ICO"), "E_FORMAT", id="ICO"),
-        pytest.param(b"PK\3\4" + bytes(50), "E_FORMAT", id="ZIP"),
-        pytest.param(b"\0\0\0\x18ftypheic" + bytes(50), "E_FORMAT", id="HEIC"),
-        pytest.param(png((1, 1), 8, 2, b"abc"), "E_TOO_SMALL", id="1x1"),
-        pytest.param(encoded(Image.new("RGB", (7, 30)), "PNG"), "E_TOO_SMALL", id="7x30"),
-        pytest.param(png((0, 0), 8, 2, b""), "E_TOO_SMALL", id="0x0"),
-        pytest.param(encoded(Image.new("RGB", (8, 8)), "JPEG"), "loaded", id="8x8"),
-        pytest.param(encoded(Image.new("RGB", (65_500, 1)), "JPEG"), "E_TOO_SMALL", id="65,500x1"),
-        pytest.param(encoded(Image.new("RGB", (809, 8)), "JPEG"), "E_ASPECT", id="809x8"),
-        pytest.param(encoded(Image.new("RGB", (8, 801)), "WEBP"), "E_ASPECT", id="8x801"),
-        pytest.param(encoded(Image.new("RGB", (800, 8)), "PNG"), "loaded", id="800x8"),
-        pytest.param(png((30_000, 30_000), 8, 2, bytes(90_000)), "E_TOO_LARGE", id="30,000x30,000"),
-        pytest.param(png((7_200, 7_000), 8, 0, bytes(7_200)), "E_TOO_LARGE", id="50.4 megapixels"),
-        pytest.param(encoded(Image.new("1", (7_200, 7_000)), "WEBP"), "E_TOO_LARGE", id="50.4 megapixels of WebP"),
-    ],
-)
+@pytest.mark.parametrize(("data", "code"), CODED.values(), ids=CODED.keys())
 def test_a_file_that_is_no_usable_photo_gets_its_code(data: bytes, code: str) -> None:
     assert code_of(data) == code
 
@@ -274,11 +196,9 @@ def test_a_huge_header_is_refused_whatever_follows() -> None:
 
 def test_a_bomb_of_scans_is_refused_before_it_is_decoded() -> None:
     jpeg = encoded(Image.new("RGB", (2_000, 2_000), "red"), "JPEG", progressive=True, quality=30)
-    last_scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
-    bomb = jpeg[:-2] + last_scan * 300 + jpeg[-2:]
-    assert len(bomb) < 100_000
+    assert len(SCANS) < 100_000
     assert code_of(jpeg) == "loaded"
-    assert code_of(bomb) == "E_TOO_COMPLEX"
+    assert code_of(SCANS) == "E_TOO_COMPLEX"
     assert code_of(jpeg_with(b"\xff\xda" * 300, jpeg, marker=b"\xff\xfe")) == "loaded"  # a comment is no scan
 
 
@@ -289,11 +209,9 @@ def test_a_bomb_of_scans_hides_in_no_phones_file() -> None:
     assert code_of(several[:end] + last_scan * 300 + several[end:]) == "E_TOO_COMPLEX"
 
 
-@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_metadata_that_unpacks_to_megabytes_is_refused(kind: bytes) -> None:
-    packed = zlib.compress(bytes(50_000_000))
-    content = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind] + packed
-    assert code_of(PNG[:33] + chunk(kind, content) + PNG[33:]) == "E_METADATA"
+@pytest.mark.parametrize("data", METADATA_BOMBS.values(), ids=METADATA_BOMBS.keys())
+def test_metadata_that_unpacks_to_megabytes_is_refused(data: bytes) -> None:
+    assert code_of(data) == "E_METADATA"
 
 
 def test_metadata_of_many_long_texts_is_refused() -> None:
