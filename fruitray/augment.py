@@ -1,19 +1,226 @@
-"""Changes to training photos, a batch at a time."""
+"""Augmentation: a policy is the names of steps joined by `+`; the pixels' work is done in `transforms.py`.
 
+What a photo gets depends on (seed, epoch, its position among the training photos) alone: all that is random is hashed
+from these, so neither the batch, its order, the worker nor the device matters. Validation photos are never changed.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
 
-VARIANTS = {"none": ("original",), "mirror": ("original", "mirrored")}
-"""For each policy the fixed variants of a photo, where they are computed once and kept (`features.py`)."""
+from fruitray import transforms
+from fruitray.config import FIXED_AUGMENTATIONS, MIXES
+from fruitray.transforms import Numbers, Parameters
+
+DRAWS = 8
+"""Random numbers that each step has for each photo."""
+BINS = 31
+"""Strengths of trivial and rand are 0, 1/30, .. 1."""
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+EIGHT = ("original", "h", "v", "hv", "turned", "turned-h", "turned-v", "turned-hv")
+"""The report's eight variants: flipped left-right (h), upside down (v); `turned` ones then scaled and turned."""
+VARIANTS = dict(zip(FIXED_AUGMENTATIONS, (EIGHT[:1], EIGHT[:2], EIGHT[:4], EIGHT), strict=True))
+"""The fixed variants of a photo that a policy makes, where it makes such; another meaning would need another name."""
+SCALE, DEGREES = (0.8, 1.0), 15.0
+"""Of the report: `turned` photos are scaled by a factor in `SCALE` and turned by up to `DEGREES` either way."""
 
 
-def variant(batch: torch.Tensor, name: str) -> torch.Tensor:
-    """`batch` (B, 3, S, S) as the variant `name`."""
-    return batch.flip(3) if name == "mirrored" else batch
+def steps(policy: str) -> tuple[str, ...]:
+    """The names that `policy` joins."""
+    return () if policy == "none" else tuple(policy.split("+"))
 
 
-def augment(batch: torch.Tensor, policy: str, draws: torch.Tensor) -> torch.Tensor:
-    """`batch` (B, 3, S, S), each photo as the variant of `policy` that its draw picks; `draws` (B,) lie in [0, 1)."""
-    picked = (draws * len(VARIANTS[policy])).long()
-    for number, name in enumerate(VARIANTS[policy]):
-        batch = torch.where((picked == number)[:, None, None, None], variant(batch, name), batch)
+def copies(policy: str) -> int:
+    """How many training examples `policy` makes of each photo."""
+    return len(EIGHT) if "eightfold" in steps(policy) else 1
+
+
+def mixes(policy: str) -> tuple[str, ...]:
+    """The steps of `policy` that blend two photos."""
+    return tuple(step for step in steps(policy) if step in MIXES)
+
+
+def uniforms(seed: int, epoch: int, examples: Numbers, stream: str) -> Parameters:
+    """(B, DRAWS) numbers in [0, 1): counter-based, a hash of (seed, epoch, example, stream, column).
+
+    The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for word in (seed, epoch, zlib.crc32(stream.encode())):
+        state = _splitmix(state ^ np.uint64(word % 2**64))
+    state = _splitmix(state ^ examples.astype(np.uint64))
+    words = _splitmix(state[:, None] + np.arange(DRAWS, dtype=np.uint64) * GOLDEN)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    word = state + GOLDEN
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def augment(batch: torch.Tensor, policy: str, seed: int, epoch: int, examples: Numbers) -> torch.Tensor:
+    """`batch` (B, 3, H, W) uint8 after all steps of `policy` but those that blend two photos.
+
+    `examples` (B,) are the examples' numbers: with `eightfold`, example 8 * n + v is variant v of training photo n;
+    otherwise example n is training photo n.
+    """
+    if copies(policy) > 1:
+        batch = fixed_variants(batch, *np.divmod(examples, copies(policy)))
+    for step in steps(policy):
+        if step in STEPS:
+            batch = STEPS[step](batch, uniforms(seed, epoch, examples, step))
     return batch
+
+
+def mix(
+    batch: torch.Tensor, partners: torch.Tensor, policy: str, seed: int, epoch: int, examples: Numbers
+) -> tuple[torch.Tensor, Parameters]:
+    """Each photo of `batch` mixed with its own of `partners`, and (B,) the share of it that is left.
+
+    mixup blends the two (Zhang et al., 2017), cutmix pastes a box of the partner (Yun et al., 2019), whose centre lies
+    anywhere and which ends at the rim; a policy with both draws one of them. The share is drawn uniformly, which is
+    Beta(1, 1), torchvision's default, but for each photo.
+    """
+    draws = uniforms(seed, epoch, examples, "mix")
+    named = np.array([step in steps(policy) for step in ("mixup", "cutmix")])
+    cuts = draws[:, 0] < named[1] / named.sum()
+    share = draws[:, 1]
+    box = _box_around(draws[:, 2:4], np.sqrt(1 - share), *batch.shape[2:])
+    kinds = [(~cuts, transforms.blend, partners, share), (cuts, transforms.paste, partners, *box)]
+    covered = box[2] * box[3] / (batch.shape[2] * batch.shape[3])
+    return transforms.dispatch(batch, kinds), np.where(cuts, 1 - covered, share)
+
+
+def _box_around(centre: Parameters, side: Parameters, height: int, width: int) -> tuple[Parameters, ...]:
+    """Top, left, height and width in whole pixels of boxes with the `side`, a share of the photo's, cut at its rim."""
+    box = []
+    for draws, length in zip(centre.T, (height, width), strict=True):
+        middle, half = np.floor(draws * length), np.floor(side * length / 2)
+        start, end = np.maximum(middle - half, 0), np.minimum(middle + half, length)
+        box.append((start, end - start))
+    (top, high), (left, wide) = box
+    return top, left, high, wide
+
+
+def fixed_variants(batch: torch.Tensor, positions: Numbers, variants: Numbers) -> torch.Tensor:
+    """Training photos, by position, each as one of `EIGHT`, by number.
+
+    Scale and angle of a turned one depend on these two alone, not on a seed: the set is as fixed as the photos are, and
+    embeddings of it serve every run.
+    """
+    draws = uniforms(0, 0, positions * len(EIGHT) + variants, "eightfold")
+    return _one_of_eight(batch, variants, draws)
+
+
+def _one_of_eight(batch: torch.Tensor, variants: Numbers, draws: Parameters) -> torch.Tensor:
+    """Flipped by the two low bits of the variant; scaled and turned, by the last two draws, where the third is set."""
+    batch = transforms.flip(batch, variants & 1 > 0, variants & 2 > 0)
+    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * draws[:, -2]
+    maps = transforms.sources(*batch.shape[2:], degrees=DEGREES * _signed(draws[:, -1]), scale=scale)
+    return transforms.dispatch(batch, [(variants >= 4, transforms.warp, maps)])
+
+
+def _signed(draws: Parameters) -> Parameters:
+    """[0, 1) -> [-1, 1)."""
+    return 2 * draws - 1
+
+
+def _either(draws: Parameters) -> Parameters:
+    """[0, 1) -> -1 or 1."""
+    return np.where(draws < 0.5, -1.0, 1.0)
+
+
+def _mirror(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    return transforms.flip(batch, draws[:, 0] < 0.5, np.zeros(len(draws), dtype=np.bool_))
+
+
+def _flips(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    return transforms.flip(batch, draws[:, 0] < 0.5, draws[:, 1] < 0.5)
+
+
+def _report(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    return _one_of_eight(batch, (draws[:, 0] * len(EIGHT)).astype(np.int64), draws)
+
+
+def _jitter(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    """Brightness, contrast and saturation by a factor of 0.6..1.4, as is usual for ImageNet, in this order; hue, which
+    tells fruits apart, by 5 % of the circle at most."""
+    batch = transforms.brightness(batch, 1 + 0.4 * _signed(draws[:, 0]))
+    batch = transforms.contrast(batch, 1 + 0.4 * _signed(draws[:, 1]))
+    batch = transforms.saturation(batch, 1 + 0.4 * _signed(draws[:, 2]))
+    return transforms.hue(batch, 0.05 * _signed(draws[:, 3]))
+
+
+def _jpeg(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    """Quality 30..95."""
+    return transforms.jpeg(batch, 30 + np.floor(66 * draws[:, 0]))
+
+
+def _erase(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    """Half of the time a box is painted over in one random colour: 2..33 % of the photo, 0.3..3.3 times as high as
+    wide, cut to fit (Zhong et al., "Random erasing data augmentation", 2017; torchvision's ranges)."""
+    high, wide = batch.shape[2:]
+    side = np.sqrt((0.02 + 0.31 * draws[:, 1]) * high * wide)
+    stretch = np.sqrt(0.3 * (3.3 / 0.3) ** draws[:, 2])
+    height, width = np.clip(np.round(side * stretch), 1, high), np.clip(np.round(side / stretch), 1, wide)
+    top, left = np.floor(draws[:, 3] * (high - height + 1)), np.floor(draws[:, 4] * (wide - width + 1))
+    colour = np.floor(256 * draws[:, 5:8]).astype(np.uint8)
+    return transforms.dispatch(batch, [(draws[:, 0] < 0.5, transforms.paint, colour, top, left, height, width)])
+
+
+def _trivial(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    """One operation of the wide space, its strength drawn too."""
+    strength = np.floor(draws[:, 1] * BINS) / (BINS - 1)
+    return transforms.operate(batch, transforms.WIDE, _operation(draws[:, 0]), strength, _either(draws[:, 2]))
+
+
+def _rand(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
+    """Two operations after one another, of strength 9 of 30: torchvision's defaults."""
+    strength = np.full(len(draws), 9 / (BINS - 1))
+    for first in (0, 2):
+        batch = transforms.operate(
+            batch, transforms.RANDAUGMENT, _operation(draws[:, first]), strength, _either(draws[:, first + 1])
+        )
+    return batch
+
+
+def _operation(draws: Parameters) -> Numbers:
+    return (draws * len(transforms.OPERATIONS)).astype(np.int64)
+
+
+STEPS: dict[str, Callable[[torch.Tensor, Parameters], torch.Tensor]] = {
+    "mirror": _mirror,
+    "flips": _flips,
+    "report": _report,
+    "jitter": _jitter,
+    "jpeg": _jpeg,
+    "erase": _erase,
+    "trivial": _trivial,
+    "rand": _rand,
+}
+"""Photos (B, 3, H, W) uint8 and draws (B, DRAWS) -> photos. The other steps multiply or blend examples."""
+
+
+def contact_sheet(photos: torch.Tensor, policy: str, seed: int = 0, columns: int = 8) -> Image.Image:
+    """A picture of `policy`: for each of `photos` (N, 3, H, W) uint8 one row, which starts with the photo itself.
+
+    Then comes what it becomes in epochs 1..`columns`, or in its eight variants where `policy` starts with `eightfold`;
+    where the policy mixes, it is mixed with the next row's.
+    """
+    numbers, each, rows = np.arange(len(photos)), copies(policy), [photos]
+    for column in range(columns if each == 1 else each):
+        epoch, examples = (column + 1, numbers) if each == 1 else (1, numbers * each + column)
+        shown = augment(photos, policy, seed, epoch, examples)
+        if mixes(policy):
+            shown, _ = mix(shown, shown.roll(-1, 0), policy, seed, epoch, examples)
+        rows.append(shown)
+    sheet = tv.pad(torch.stack(rows, 1), [0, 0, 2, 2], fill=255)  # (N, columns + 1, 3, H + 2, W + 2)
+    picture: Image.Image = tv.to_pil_image(sheet.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2).cpu())
+    return picture

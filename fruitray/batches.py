@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from fruitray.augment import augment
+from fruitray.augment import augment, copies, mix, mixes
 from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, Storage
+
+CPU = torch.device("cpu")
 
 
 def cache_folder() -> Path:
@@ -97,28 +100,52 @@ class Batches:
     shuffle: bool = False
     policy: str = "none"
     """Augmentation of photos, see `augment.py`."""
+    classes: int = 0
+    """How many there are; needed where the policy blends photos, and so their labels."""
     seed: int = 0
     rank: int = 0
     world: int = 1
+    device: torch.device = CPU
+    """Where the batches are to be, and photos are augmented."""
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return -(-self.examples // self.batch_size)
+
+    @property
+    def examples(self) -> int:
+        """How many an epoch shows: one per input, or as many as the policy makes of each."""
+        return len(self.labels) * copies(self.policy)
 
     def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """This worker's share of each batch of epoch `number`, and how many examples all workers' shares hold together.
 
-        Order and augmentation of each photo depend on (seed, number) alone.
+        Labels are (B,) int64, or (B, C) float32 where the policy blends photos. Order and augmentation of each photo
+        depend on (seed, number) alone.
         """
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
-        examples = len(self.labels)
-        order = torch.randperm(examples, generator=generator) if self.shuffle else torch.arange(examples)
-        draws = torch.rand(examples, generator=generator)
+        order = torch.randperm(self.examples, generator=generator) if self.shuffle else torch.arange(self.examples)
         for chosen in order.tensor_split(len(self)):
-            mine = chosen[self.rank :: self.world]
-            inputs = self.inputs[mine]
-            if self.policy != "none":
-                inputs = augment(inputs, self.policy, draws[mine])
-            yield inputs, self.labels[mine], len(chosen)
+            mine, partners = (those[self.rank :: self.world] for those in (chosen, chosen.roll(1)))
+            shown = self._mixed(mine, partners, number) if mixes(self.policy) else self._shown(mine, number)
+            yield *shown, len(chosen)
+
+    def _shown(self, examples: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `examples`, augmented, and their labels."""
+        rows = examples // copies(self.policy)
+        inputs, labels = self.inputs[rows].to(self.device), self.labels[rows].to(self.device)
+        if self.policy != "none":
+            inputs = augment(inputs, self.policy, self.seed, number, examples.numpy())
+        return inputs, labels
+
+    def _mixed(self, examples: torch.Tensor, partners: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each example blended with its partner, which may be another worker's, and what is left of both labels."""
+        needed, places = torch.unique(torch.cat([examples, partners]), return_inverse=True)
+        inputs, labels = self._shown(needed, number)
+        targets = F.one_hot(labels, self.classes).float()
+        first, second = places.to(self.device).tensor_split(2)
+        mixed, left = mix(inputs[first], inputs[second], self.policy, self.seed, number, examples.numpy())
+        share = torch.from_numpy(left).to(self.device, torch.float32)[:, None]
+        return mixed, targets[first] * share + targets[second] * (1 - share)
 
 
 def epoch_seed(seed: int, number: int) -> int:

@@ -9,11 +9,16 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fruitray.errors import UsageError
 
-Augmentation = Literal["none", "mirror"]
+FIXED_AUGMENTATIONS = ("none", "mirror", "flips", "eightfold")
+"""Policies that make one fixed set of variants, so that a frozen backbone can embed it once."""
+MIXES = ("mixup", "cutmix")
+"""Steps that blend a photo with another one, and its label with the other's."""
+AUGMENTATIONS = (*FIXED_AUGMENTATIONS, "report", "jitter", "jpeg", "erase", "trivial", "rand", *MIXES)
+"""The steps that a policy joins with `+`; what each does stands in `augment.py`."""
 SCRATCH = ("mlp", "cnn")
 """Backbones that nobody has weights for: always trained whole, from random weights."""
 REPORT_BACKBONES = ("mlp", "cnn", "vgg16", "resnet50", "efficientnet_b2")
@@ -23,6 +28,24 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise `UsageError` naming field, value and rule unless `condition` holds."""
     if not condition:
         raise UsageError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+
+def require_policy(policy: str) -> None:
+    """Raise `UsageError` unless `policy` names augmentation steps, each once, in an order that has a meaning."""
+    steps = policy.split("+")
+    for step in steps:
+        require(step in AUGMENTATIONS, "augment", policy, f"join any of {', '.join(AUGMENTATIONS)} with +")
+    require(len(set(steps)) == len(steps), "augment", policy, "must name no step twice")
+    require(steps == ["none"] or "none" not in steps, "augment", policy, "none stands alone")
+    require("eightfold" not in steps[1:], "augment", policy, "eightfold must come first")
+    last = [step in MIXES for step in steps]
+    require(last == sorted(last), "augment", policy, "mixup and cutmix must come last")
+
+
+def require_fixed_policy(policy: str, otherwise: str) -> None:
+    """Raise `UsageError` unless `policy` can be embedded once; `otherwise` says what to do for another one."""
+    rule = f"a frozen backbone takes {', '.join(FIXED_AUGMENTATIONS)}; for others {otherwise}"
+    require(policy in FIXED_AUGMENTATIONS, "augment", policy, rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +110,19 @@ class FitConfig:
     patience: int = 3
     """Stop after so many epochs without a better one, by validation accuracy, then loss; the best epoch's weights are
     restored."""
-    augment: Augmentation = "mirror"
-    """`mirror` shows each training photo left-right mirrored half of the time."""
+    augment: str = "mirror"
+    """What is done to the training photos: `none`, or steps joined by `+`, as in `mirror+jitter+mixup`.
+    - mirror: flipped left-right half of the time
+    - flips: and upside down half of the time
+    - eightfold: the report's eight of each photo (first)
+    - report: one of those eight, drawn anew each epoch
+    - jitter: brightness, contrast, saturation, hue
+    - jpeg: compressed at a random quality
+    - erase: half of the time, a box painted over
+    - trivial: TrivialAugment
+    - rand: RandAugment
+    - mixup, cutmix: blended with another photo (last)
+    A frozen backbone takes none, mirror, flips or eightfold."""
     seed: int = 0
     """Seeds the head, the order of the photos, augmentation and dropout."""
 
@@ -99,7 +133,7 @@ class FitConfig:
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must not be negative")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         require(self.patience >= 1, "patience", self.patience, "must be at least 1")
-        require(self.augment in get_args(Augmentation), "augment", self.augment, "must be none or mirror")
+        require_policy(self.augment)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +164,7 @@ class TuneConfig:
     """At most so many epochs per trial; ASHA stops the weaker ones early."""
     patience: int = 3
     """As for `train`."""
-    augment: Augmentation = "mirror"
+    augment: str = "mirror"
     """As for `train`."""
     seed: int = 0
     """Draws the trials, and seeds each of them alike."""
@@ -149,6 +183,9 @@ class TuneConfig:
         require(len(self.frozen_choices) >= 1, "frozen_choices", self.frozen_choices, "give True, False or both")
         require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
         require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
+        require_policy(self.augment)
+        if True in self.frozen_choices and self.weights != "none" and not set(self.backbones) <= set(SCRATCH):
+            require_fixed_policy(self.augment, "give --frozen-choices False")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +207,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
+        if self.model.frozen:
+            require_fixed_policy(self.fit.augment, "give --no-frozen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

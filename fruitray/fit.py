@@ -100,7 +100,7 @@ def fit(
             val_loss=val_loss,
             counts=counts,
             seconds=time.perf_counter() - start,
-            images_per_s=len(train.labels) / (trained - start),
+            images_per_s=train.examples / (trained - start),
             best_number=best["number"],
             best_counts=best["counts"],
             state={

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fruitray.augment import VARIANTS
 from fruitray.backbones import Classifier, freeze
-from fruitray.batches import Batches, decoded_photos
+from fruitray.batches import CPU, Batches, decoded_photos
 from fruitray.config import FitConfig, require
-from fruitray.features import feature_rows, features_key, read_features
+from fruitray.features import features_key, read_features
 from fruitray.index import Index
 from fruitray.storage import open_storage
 
@@ -33,8 +34,10 @@ def make_recipe(
     frozen: bool,
     rank: int = 0,
     world: int = 1,
+    device: torch.device = CPU,
 ) -> Recipe:
-    """Load the photos or, where the trunk is `frozen`, their embeddings (`cluster/embed.py` must have made them).
+    """Load the photos or, where the trunk is `frozen`, their embeddings (`cluster/embed.py` must have made them); the
+    batches come on `device`.
 
     Raises:
         UsageError: a batch is too small to give every worker a photo.
@@ -46,8 +49,9 @@ def make_recipe(
     if frozen:
         freeze(model)
         embeddings = read_features(index_uri, features_key(index, model, policy))
-        cut = len(feature_rows(index, policy)) - len(val_entries)
-        train_labels = train_labels * (cut // len(train_entries))
+        views = len(VARIANTS[policy])
+        cut = len(train_entries) * views
+        train_labels = [label for label in train_labels for _ in range(views)]
         train_inputs, val_inputs, policy = embeddings[:cut], embeddings[cut:], "none"
     else:
         storage = open_storage(index.images)
@@ -59,11 +63,13 @@ def make_recipe(
         batch_size=config.batch_size,
         shuffle=True,
         policy=policy,
+        classes=len(index.classes),
         seed=config.seed,
         rank=rank,
         world=world,
+        device=device,
     )
-    everyone = len(train.labels) // len(train) >= world
+    everyone = train.examples // len(train) >= world
     require(everyone, "batch_size", config.batch_size, f"must give each of the {world} workers a photo in every step")
     val = replace(train, inputs=val_inputs, labels=torch.tensor(val_labels), shuffle=False, policy="none")
     return Recipe(model, model.head if frozen else model, train, val)

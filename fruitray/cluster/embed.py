@@ -12,7 +12,16 @@ from fruitray.backbones import build, pick_device
 from fruitray.cluster.runtime import open_input, stream, worker_count
 from fruitray.config import ModelConfig
 from fruitray.console import progress
-from fruitray.features import embed, feature_rows, features_key, from_arrow, has_features, to_arrow, write_features
+from fruitray.features import (
+    View,
+    embed,
+    feature_rows,
+    features_key,
+    from_arrow,
+    has_features,
+    to_arrow,
+    write_features,
+)
 from fruitray.index import Index
 from fruitray.package import DESCRIPTION, Package, load_package, save_package
 from fruitray.storage import Entry, Storage, open_storage
@@ -45,8 +54,8 @@ def ensure_features(index_uri: str, index: Index, package: Package, policy: str,
     rows = feature_rows(index, policy)
     columns = {
         "row": range(len(rows)),
-        **{name: [getattr(entry, name) for entry, _ in rows] for name in ("key", "size", "etag")},
-        "variant": [name for _, name in rows],
+        **{name: [getattr(view.entry, name) for view in rows] for name in ("key", "size", "etag")},
+        **{name: [getattr(view, name) for view in rows] for name in ("position", "variant")},
     }
     table = pa.table({name: list(values) for name, values in columns.items()})
     chunks = [table.slice(start, CHUNK) for start in range(0, table.num_rows, CHUNK)]
@@ -77,6 +86,6 @@ class _Embedder:
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = chunk.to_pylist()
-        wanted = [(Entry(row["key"], row["size"], row["etag"]), row["variant"]) for row in rows]
-        embeddings = embed(self._model, self._images, wanted, self._device)
+        views = [View(Entry(row["key"], row["size"], row["etag"]), row["position"], row["variant"]) for row in rows]
+        embeddings = embed(self._model, self._images, views, self._device)
         return pa.table({"row": chunk["row"], "embedding": to_arrow(embeddings)})

@@ -80,7 +80,14 @@ def _work(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     index, initial = read_index(config["index"]), load_package(job["initial"])
     recipe = make_recipe(
-        config["index"], index, initial.model, fit_config, frozen=model_config.frozen, rank=rank, world=world
+        config["index"],
+        index,
+        initial.model,
+        fit_config,
+        frozen=model_config.frozen,
+        rank=rank,
+        world=world,
+        device=device,
     )
     recipe.model.to(device)
     module: nn.Module = DistributedDataParallel(recipe.module) if world > 1 else recipe.module

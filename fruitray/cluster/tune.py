@@ -136,14 +136,14 @@ def _trial(space: dict[str, Any]) -> None:
     initial = load_package(space["initial"][config.backbone]).model
     model = skeleton(config, len(index.classes), initial.preprocessing)
     model.load_state_dict(initial.state_dict())
-    recipe = make_recipe(space["index"], index, model, fit_config, frozen=config.frozen)
+    device = pick_device(gpu=space["gpu"])
+    recipe = make_recipe(space["index"], index, model, fit_config, frozen=config.frozen, device=device)
     total, trained = parameter_counts(model)
     facts = {
         "parameters": total,
         "trained_parameters": trained,
         "initial_state_hash": state_hash(model.state_dict()),
     }
-    device = pick_device(gpu=space["gpu"])
     for epoch in fit(recipe.module.to(device), recipe.train, recipe.val, fit_config, device=device):
         tune.report({**facts, **_measured(epoch), "seconds": time.perf_counter() - start})
 

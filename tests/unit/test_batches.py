@@ -1,7 +1,9 @@
 """Behaviour of the batches: who sees which example when, and the decoded photos that a machine's processes share."""
 
 import io
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,103 @@ def test_mirroring_leaves_the_kept_photos_alone() -> None:
         for photo, label in zip(inputs, labels, strict=True):
             assert any(torch.equal(photo, seen) for seen in (before[label], before[label].flip(2)))
     assert torch.equal(photos, before)
+
+
+MIXED = ("mixup", "cutmix", "mirror+mixup+cutmix", "eightfold+mixup")
+
+
+def photo_batches(policy: str, **settings: Any) -> Batches:
+    """Random photos, each of a class of its own, so that a target tells who is in it."""
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.randint(256, (EXAMPLES, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return batches(**{"inputs": photos, "policy": policy, "classes": EXAMPLES, "shuffle": True, **settings})
+
+
+def seen_photos(batches: Batches, number: int = 1) -> list[tuple[bytes, bytes]]:
+    """Every photo of an epoch with its label, as bytes, in no order."""
+    shown = [pair for inputs, labels, _ in batches.epoch(number) for pair in zip(inputs, labels, strict=True)]
+    return sorted((photo.numpy().tobytes(), label.numpy().tobytes()) for photo, label in shown)
+
+
+@pytest.mark.parametrize("policy", ["flips+erase", "report+jitter", "trivial", "eightfold", *MIXED])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_workers_together_see_what_one_alone_would(policy: str, world: int) -> None:
+    alone = seen_photos(photo_batches(policy))
+    shares = [seen_photos(photo_batches(policy, rank=rank, world=world)) for rank in range(world)]
+    assert sorted(pair for share in shares for pair in share) == alone
+
+
+@pytest.mark.parametrize("policy", ["flips+erase", "report+jitter", "rand", "eightfold+jitter"])
+def test_neither_batch_size_nor_order_changes_a_photo(policy: str) -> None:
+    expected = seen_photos(photo_batches(policy))
+    assert seen_photos(photo_batches(policy, batch_size=23)) == expected
+    assert seen_photos(photo_batches(policy, shuffle=False)) == expected
+    assert seen_photos(photo_batches(policy), 2) != expected
+    assert seen_photos(photo_batches(policy, seed=1)) != expected
+
+
+def test_eightfold_shows_each_photo_eight_times() -> None:
+    """The report: 4,141 photos, of which 3,312 train, so 26,496 training examples."""
+    photos = torch.arange(3312 * 3, dtype=torch.int16).reshape(-1, 3, 1, 1).to(torch.uint8).expand(-1, -1, 2, 2)
+    train = Batches(
+        inputs=photos, labels=torch.arange(3312), batch_size=1024, shuffle=True, policy="eightfold", classes=3312
+    )
+    counts = torch.zeros(3312, dtype=torch.int64)
+    for inputs, labels, together in train.epoch(1):
+        assert torch.equal(inputs, photos[labels]), "plain photos stay plain, so photos stay with their labels"
+        assert len(inputs) == together <= 1024
+        counts += torch.bincount(labels, minlength=3312)
+    assert train.examples == 26_496
+    assert len(train) == 26
+    assert counts.unique().tolist() == [8]
+
+
+def test_eightfold_shows_the_same_eight_in_every_epoch() -> None:
+    first = seen_photos(photo_batches("eightfold"))
+    assert seen_photos(photo_batches("eightfold", seed=4), 7) == first
+    assert len(set(first)) == 8 * EXAMPLES
+
+
+@pytest.mark.parametrize("policy", MIXED)
+@pytest.mark.parametrize("world", [1, 3])
+def test_each_photo_is_mixed_with_one_of_its_global_batch(policy: str, world: int) -> None:
+    """Each is so once as photo and once as partner."""
+    settings = {"world": world, "batch_size": 8}
+    plain = photo_batches(policy.split("+")[0] if "eightfold" in policy else "none", **settings)
+    workers = [
+        [replace(one, rank=rank).epoch(2) for rank in range(world)]
+        for one in (photo_batches(policy, **settings), plain)
+    ]
+    for mixed, alone in zip(*(zip(*shares, strict=True) for shares in workers), strict=True):
+        firsts = torch.cat([labels for _, labels, _ in alone])
+        targets = torch.cat([labels for _, labels, _ in mixed])
+        assert targets.dtype == torch.float32
+        assert targets.shape == (len(firsts), EXAMPLES)
+        torch.testing.assert_close(targets.sum(1), torch.ones(len(firsts)))
+        assert targets.min() >= 0
+        others = targets.clone()
+        others[torch.arange(len(firsts)), firsts] = 0
+        assert ((others > 0).sum(1) <= 1).all()
+        partners = others.argmax(1)[others.sum(1) > 0].tolist()
+        assert not Counter(partners) - Counter(firsts.tolist()), "each of the batch is a partner but once"
+        assert len(partners) > len(firsts) / 2
+
+
+@pytest.mark.parametrize("policy", ["mixup", "cutmix", "report+mixup+cutmix"])
+def test_a_target_says_how_much_of_each_photo_is_there(policy: str) -> None:
+    """Photos of one grey each, which the augmented share of the pixels must add up to."""
+    greys = torch.arange(EXAMPLES) * 11
+    plain = greys.byte()[:, None, None, None].expand(-1, 3, 8, 8)
+    for inputs, targets, _ in photo_batches(policy, inputs=plain).epoch(1):
+        torch.testing.assert_close(inputs.float().mean((1, 2, 3)), targets @ greys.float(), rtol=0, atol=0.51)
+
+
+@pytest.mark.parametrize("policy", ["none", "trivial", "mirror+mixup", "eightfold"])
+def test_a_batch_is_on_its_device(policy: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for inputs, labels, _ in photo_batches(policy, device=device).epoch(1):
+        assert inputs.device.type == labels.device.type == device.type
+        assert inputs.dtype == torch.uint8
 
 
 def test_decoded_photos_are_the_resized_photos_in_order(photos: CountingStorage) -> None:

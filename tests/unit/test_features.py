@@ -85,12 +85,17 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
-def test_training_the_head_on_embeddings_equals_training_it_through_the_frozen_trunk(index_uri: str) -> None:
+@pytest.mark.parametrize("policy", ["none", "eightfold"])
+def test_training_the_head_on_embeddings_equals_training_it_through_the_frozen_trunk(
+    index_uri: str, policy: str
+) -> None:
     short, long = network(), network()
-    keep_features(index_uri, short)
+    keep_features(index_uri, short, policy)
     freeze(long)
-    through_trunk = recipe(index_uri, long, frozen=False)
-    assert trained(recipe(index_uri, short, frozen=True)) == pytest.approx(trained(through_trunk), rel=0.02)
+    through_trunk = recipe(index_uri, long, frozen=False, augment=policy)
+    on_embeddings = recipe(index_uri, short, frozen=True, augment=policy)
+    assert on_embeddings.train.examples == through_trunk.train.examples
+    assert trained(on_embeddings) == pytest.approx(trained(through_trunk), rel=0.02)
     photos = through_trunk.val.inputs
     close(logits(short, photos), logits(long, photos))
     assert not torch.allclose(logits(short, photos), logits(network(), photos), atol=0.1), "nothing was learned"
@@ -108,13 +113,13 @@ def test_every_variant_is_embedded_and_keeps_its_label(index_uri: str) -> None:
     keep_features(index_uri, model, "mirror")
     photos = recipe(index_uri, model, frozen=False)
     kept = recipe(index_uri, model, frozen=True, augment="mirror")
-    shown = torch.cat([photos.train.inputs, photos.train.inputs.flip(3)])
+    shown = torch.stack([photos.train.inputs, photos.train.inputs.flip(3)], 1).flatten(0, 1)
     with torch.inference_mode():
         close(kept.train.inputs, model.eval().embed(shown))
         close(kept.val.inputs, model.embed(photos.val.inputs))
-    assert kept.train.labels.tolist() == photos.train.labels.tolist() * 2
+    assert kept.train.labels.tolist() == photos.train.labels.repeat_interleave(2).tolist()
     assert kept.val.labels.tolist() == photos.val.labels.tolist()
-    assert not torch.allclose(kept.train.inputs[:TRAIN], kept.train.inputs[TRAIN:], atol=0.02)
+    assert not torch.allclose(kept.train.inputs[::2], kept.train.inputs[1::2], atol=0.02)
 
 
 def test_a_recipe_on_photos_holds_each_split_in_index_order(index_uri: str) -> None:
@@ -134,7 +139,7 @@ def test_the_key_names_all_that_the_embeddings_follow_from(tmp_path: Path, index
     leaky.trunk[1] = nn.LeakyReLU()  # the same tensors, another function
     keys = [
         features_key(index, model, "none"),
-        features_key(index, model, "mirror"),
+        *(features_key(index, model, policy) for policy in ("mirror", "flips", "eightfold")),
         features_key(index, network(seed=1), "none"),
         features_key(index, other, "none"),
         features_key(index, leaky, "none"),
@@ -172,6 +177,25 @@ def test_embedding_in_parts_equals_embedding_at_once(index_uri: str) -> None:
     rows, photos = feature_rows(index, "mirror"), open_storage(index.images)
     parts = torch.cat([embed(model, photos, rows[start : start + 7], CPU) for start in range(0, len(rows), 7)])
     close(parts, embed(model, photos, rows, CPU))
+
+
+def test_a_photo_is_read_once_for_all_its_variants(index_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, read = read_index(index_uri), []
+    original = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, key, *rest: read.append(key) or original(self, key, *rest))
+    embeddings = embed(network(), open_storage(index.images), feature_rows(index, "eightfold"), CPU)
+    assert len(embeddings) == 8 * TRAIN + VAL
+    assert len(read) == len(set(read)) == TRAIN + VAL
+
+
+def test_validation_holds_originals_only(index_uri: str) -> None:
+    model = network()
+    keep_features(index_uri, model, "eightfold")
+    keep_features(index_uri, model, "none")
+    plain, eightfold = (recipe(index_uri, model, frozen=True, augment=policy) for policy in ("none", "eightfold"))
+    close(eightfold.val.inputs, plain.val.inputs)
+    photos = recipe(index_uri, model, frozen=False, augment="eightfold").val
+    assert (photos.policy, photos.examples, len(photos.inputs)) == ("none", VAL, VAL)
 
 
 def test_a_photo_that_changed_is_not_embedded(index_uri: str) -> None:

@@ -105,6 +105,24 @@ def test_a_loss_that_is_no_number_is_an_error(side: str, value: float) -> None:
     assert caught.value.epoch == 1
 
 
+@pytest.mark.parametrize("policy", ["eightfold+jitter", "report+mixup+cutmix"])
+def test_augmented_photos_are_learned(policy: str) -> None:
+    """Bright and dark photos; mixed ones have two labels."""
+    labels = torch.arange(60) % 2
+    photos = (40 + 160 * labels.byte())[:, None, None, None].expand(-1, 3, 8, 8)
+    train = Batches(inputs=photos, labels=labels, batch_size=16, shuffle=True, policy=policy, classes=2)
+    module = nn.Sequential(Scale(), nn.Flatten(), nn.Linear(192, 2))
+    val = replace(train, policy="none")
+    assert list(training(module, replace(PLAIN, epochs=10), train=train, val=val))[-1].best_accuracy == 1
+
+
+class Scale(nn.Module):
+    """0..255 -> -0.5..0.5."""
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        return photos / 255 - 0.5
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_resumed_run_equals_an_undisturbed_one(stop: int) -> None:
     undisturbed, first, second = (network(dropout=0.3) for _ in range(3))
