@@ -1,19 +1,32 @@
-"""Facts about each file, and what they say about the set. Nothing is decided here; `split.py` decides."""
+"""Facts about each file, and what they say about the set. Nothing is decided here; `rules.py` and `split.py` decide."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from fruitray.errors import ImageError
-from fruitray.images import decode, fetch
+from fruitray.images import fetch
+from fruitray.isolate import Isolated
 from fruitray.storage import Entry, Storage
 
+LISTED = 1000
+"""At most so many of a kind are listed in `audit.json`; the index has all."""
+ODD_ASPECT = 1.5
+"""How many times the usual aspect, at least, is odd."""
 
-def audit(storage: Storage, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    """One row of facts per entry, in order: the columns of `index.SCHEMA` that a file alone decides."""
-    for entry, data in zip(entries, fetch(storage, entries), strict=True):
-        yield _facts(storage.uri_of(entry.key), entry, data)
+
+def audit(storage: Storage, entries: Sequence[Entry], isolated: Isolated) -> Iterator[dict[str, Any]]:
+    """One row of facts (`index.FACTS`) per entry, in order; the photos are decoded in the process of `isolated`."""
+    for entry, facts in zip(entries, isolated.map(fetch(storage, entries)), strict=True):
+        row = {"uri": storage.uri_of(entry.key), "label": label_of(entry.key), "bytes": entry.size, "etag": entry.etag}
+        if isinstance(facts, ImageError):
+            yield row | {"status": "error", "error_code": facts.code, "error": facts.detail}
+        else:
+            yield row | facts | {"status": "ok", "thumbnail": bytes.fromhex(facts["thumbnail"])}
 
 
 def label_of(key: str) -> str | None:
@@ -22,50 +35,143 @@ def label_of(key: str) -> str | None:
     return folder if separator else None
 
 
-def _facts(uri: str, entry: Entry, data: bytes | ImageError) -> dict[str, Any]:
-    row: dict[str, Any] = {"uri": uri, "label": label_of(entry.key), "bytes": entry.size, "etag": entry.etag}
-    try:
-        if isinstance(data, ImageError):
-            raise data
-        row["sha256"] = hashlib.sha256(data).hexdigest()
-        photo = decode(data)
-    except ImageError as error:
-        return row | {"status": "error", "error_code": error.code, "error": error.detail}
-    size = {"width": photo.width, "height": photo.height}
-    return row | size | {"status": "ok", "mode": photo.mode, "frames": photo.frames}
+# ---- what is odd
 
 
-def size_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def odd_ones(facts: pa.Table) -> pa.Array:
+    """(N,) what is odd about each photo among all of them, null for none: `size` where most have another; `aspect`
+    and `blurry` beyond Tukey's fences (1977): one and a half interquartile ranges from the quartiles, of the logarithm.
+    """
+    ok = pc.equal(facts["status"], "ok").to_numpy()
+    photos = facts.filter(ok)
+    if not photos.num_rows:
+        return pa.nulls(facts.num_rows, pa.list_(pa.string()))
+    width, height = (photos[side].to_numpy().astype(np.float64) for side in ("width", "height"))
+    aspect = np.log(width / height)
+    far = np.abs(aspect - np.median(aspect)) > np.log(ODD_ASPECT) - 1e-9  # 2:3 and 3:2 are as far from 1:1
+    odd = {
+        "size": _odd_size(photos, width * height),
+        "aspect": far & (_below(aspect) | _below(-aspect)),
+        "blurry": _below(np.log(photos["sharpness"].to_numpy() + 1)),
+    }
+    words = [[name for name, flags in odd.items() if flags[place]] or None for place in range(photos.num_rows)]
+    found = iter(words)
+    return pa.array([next(found) if fine else None for fine in ok], pa.list_(pa.string()))
+
+
+def _odd_size(photos: pa.Table, area: NDArray[np.float64]) -> NDArray[np.bool_]:
+    common = majority_size(photos)
+    if common is None:
+        return _below(np.log(area)) | _below(-np.log(area))
+    width, height = photos["width"].to_numpy(), photos["height"].to_numpy()
+    return np.asarray((width != common[0]) | (height != common[1]))
+
+
+def _below(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(N,) which values lie below Tukey's lower fence."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    return np.asarray(values < low - 1.5 * (high - low))
+
+
+def majority_size(photos: pa.Table) -> tuple[int, int] | None:
+    """(width, height) that more than half of the photos have, if there is one."""
+    sizes = photos.select(["width", "height"]).group_by(["width", "height"]).aggregate([([], "count_all")])
+    top = sizes.sort_by([("count_all", "descending")]).slice(0, 1).to_pylist()
+    return (top[0]["width"], top[0]["height"]) if top and 2 * top[0]["count_all"] > photos.num_rows else None
+
+
+# ---- the set in tables
+
+
+def crosstab(table: pa.Table, row: str, column: str) -> list[dict[str, Any]]:
+    """Counts of each value of `row` (a line each, the commonest first) by value of `column` (sorted), and of `all`."""
+    counts = table.select([row, column]).group_by([row, column]).aggregate([([], "count_all")]).to_pylist()
+    names = {
+        value: f"{value} " if value in (row, "all") else value or "" for value in {line[column] for line in counts}
+    }
+    lines: dict[str, dict[str, int]] = {}
+    for line in counts:
+        cells = lines.setdefault(line[row] or "(none)", dict.fromkeys([*sorted(names.values()), "all"], 0))
+        cells[names[line[column]]] += line["count_all"]
+        cells["all"] += line["count_all"]
+    order = sorted(lines, key=lambda name: (-lines[name]["all"], name))
+    return [{row: name, **lines[name]} for name in order]
+
+
+def sizes(table: pa.Table) -> list[dict[str, Any]]:
     """How many photos of each class have each size, the commonest size first: the report's Figure 2."""
-    labels = sorted({row["label"] or "" for row in rows})
-    counts = Counter((row["width"], row["height"], row["label"] or "") for row in rows if row["status"] == "ok")
-    totals = Counter((row["width"], row["height"]) for row in rows if row["status"] == "ok")
+    photos = table.filter(pc.equal(table["status"], "ok"))
+    sides = [pc.cast(photos[side], pa.string()) for side in ("width", "height")]
+    return crosstab(photos.append_column("size", pc.binary_join_element_wise(*sides, "x")), "size", "label")
+
+
+def odd_table(table: pa.Table) -> list[dict[str, Any]]:
+    """How many photos of each class are odd in which way."""
+    photos = table.filter(pc.is_valid(table["odd"]))
+    flat = pa.table(
+        {"label": photos["label"].take(pc.list_parent_indices(photos["odd"])), "odd": pc.list_flatten(photos["odd"])}
+    )
+    return crosstab(flat, "odd", "label")
+
+
+def classes(table: pa.Table) -> list[dict[str, Any]]:
+    """Photos of each class by split; `excluded` are readable ones that no split has."""
+    standing = pc.coalesce(table["split"], pc.if_else(pc.equal(table["status"], "ok"), "excluded", "error"))
+    names = ["train", "val", "test", "excluded", "error"]
+    lines = crosstab(table.append_column("standing", standing), "label", "standing")
     return [
-        {"size": f"{width}x{height}", **{label: counts[width, height, label] for label in labels}, "all": total}
-        for (width, height), total in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+        {"label": line["label"], **{name: line.get(name, 0) for name in names}, "all": line["all"]}
+        for line in sorted(lines, key=lambda line: line["label"])
     ]
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the whole set, as kept in `audit.json`."""
-    copies = Counter(row["sha256"] for row in rows if row["status"] == "ok")
+def duplicate_groups(table: pa.Table) -> list[dict[str, Any]]:
+    """The groups of duplicates, the largest first: whether all are the same file, what became of each."""
+    rows = table.filter(pc.is_valid(table["group"])).select(["group", "uri", "label", "sha256", "split", "excluded"])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.to_pylist():
+        groups.setdefault(row.pop("group"), []).append(row)
+    return [
+        {
+            "group": name,
+            "kind": "exact" if len({row["sha256"] for row in files}) == 1 else "near",
+            "photos": len(files),
+            "labels": sorted({row["label"] for row in files}),
+            "files": [{"uri": row["uri"], "is": row["split"] or row["excluded"]} for row in files],
+        }
+        for name, files in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def summary(table: pa.Table) -> dict[str, Any]:
+    """What `audit.json` says of an index (`index.SCHEMA`), in whatever order its rows are."""
+    table = table.sort_by("uri")
+    ok, labelled = pc.equal(table["status"], "ok"), table.filter(pc.is_valid(table["excluded"]))
+    copies = pc.value_counts(table.filter(ok)["sha256"]).field("counts").to_numpy()
+    groups = duplicate_groups(table)
+    near = [group for group in groups if group["kind"] == "near"]
     return {
-        "files": len(rows),
-        "by_status": dict(sorted(Counter(row["status"] for row in rows).items())),
-        "by_error_code": dict(sorted(Counter(row["error_code"] for row in rows if row["status"] == "error").items())),
-        "by_mode": dict(sorted(Counter(row["mode"] for row in rows if row["status"] == "ok").items())),
-        "by_split": _by_split(rows),
-        "exact_duplicate_groups": sum(count > 1 for count in copies.values()),
-        "exact_duplicate_files": sum(count - 1 for count in copies.values()),
-        "sizes": size_table(rows),
+        "files": table.num_rows,
+        "photos": pc.sum(ok).as_py(),
+        "classes": classes(table),
+        "sizes": sizes(table),
+        "modes": crosstab(table.filter(ok), "mode", "label"),
+        "formats": crosstab(table.filter(ok), "format", "label"),
+        "odd": odd_table(table),
+        "errors": crosstab(table.filter(pc.invert(ok)), "error_code", "label"),
+        "excluded": crosstab(labelled, "excluded", "label"),
+        "exact_duplicate_groups": int((copies > 1).sum()),
+        "exact_duplicate_files": int((copies[copies > 1] - 1).sum()),
+        "near_duplicate_groups": len(near),
+        "near_duplicate_photos": sum(group["photos"] for group in near),
+        "conflicting_photos": pc.sum(pc.equal(table["excluded"], "conflict")).as_py() or 0,
+        "duplicate_groups": groups[:LISTED],
+        "conflicts": _listed(table, pc.equal(table["excluded"], "conflict"), ["uri", "label", "group"]),
+        "odd_files": _listed(table, pc.is_valid(table["odd"]), ["uri", "odd", "width", "height", "sharpness"]),
+        "error_files": _listed(table, pc.invert(ok), ["uri", "error_code", "error"]),
     }
 
 
-def _by_split(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Photos per class in each split; `excluded` are readable files that neither side may use."""
-    counts = Counter((row["label"] or "", row["split"] or row["status"]) for row in rows)
-    names = {"train": "train", "val": "val", "excluded": "ok", "error": "error"}
-    return [
-        {"label": label or "(none)", **{name: counts[label, key] for name, key in names.items()}}
-        for label in sorted({label for label, _ in counts})
-    ]
+def _listed(table: pa.Table, which: pa.ChunkedArray, columns: list[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.select(columns).filter(which).slice(0, LISTED).to_pylist()
+    return rows

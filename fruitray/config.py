@@ -8,8 +8,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fruitray.errors import UsageError
 
@@ -55,14 +56,54 @@ class PrepareConfig:
     images: str
     """Folder or s3:// prefix that holds one folder of photos per class."""
     out: str
-    """Folder or s3:// prefix for `index.parquet` and `audit.json`."""
+    """Folder or s3:// prefix for `index.parquet` and `audit.json`. The same command again, after the folder has grown,
+    reads new and changed files only, and every photo keeps its split."""
+    previous: str | None = None
+    """An earlier index to go on from where --out is new."""
+    size: str = "any"
+    """`any`; `majority`: only photos of the size that most have; or only those of a given size, such as 300x300."""
+    duplicates: Literal["keep-distinct", "keep-first", "keep-all"] = "keep-distinct"
+    """Of byte-identical photos keep one; or of near duplicates, too; or all. Those that are kept share a split. Copies
+    that lie in two classes are always left out."""
+    near_duplicates: int = 8
+    """Photos whose perceptual hashes differ in at most so many of 64 bits, and which have the same light and colours,
+    are near duplicates; -1: none are."""
     val_fraction: float = 0.2
-    """Share of each class held out for validation."""
+    """Share of the photos, in every class, held out for validation."""
+    test_fraction: float = 0.0
+    """Share of the photos, in every class, held out for a test that neither tune nor train ever sees."""
+    folds: int = 0
+    """Number the photos of train and val for cross-validation with so many folds; 0: do not."""
     seed: int = 0
     """Another seed draws another split."""
+    probe: str | None = None
+    """A pretrained backbone, as for `train`: on its embeddings a linear probe finds labels that look wrong, and ranks
+    them in `suspects.parquet`."""
+    weights: str = "imagenet"
+    """Of the probe, as for `train`."""
+    image_size: int | None = None
+    """Of the probe, as for `train`."""
+    gpu: bool = False
+    """Embed the photos for the probe on GPUs."""
+    show_augment: int = 0
+    """Draw so many training photos, and what --augment makes of each, into `augment.png`."""
+    augment: str = "eightfold"
+    """The augmentation to draw, as for `train`."""
 
     def __post_init__(self) -> None:
+        size = self.size in ("any", "majority") or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size) is not None
+        require(size, "size", self.size, "must be any, majority, or WIDTHxHEIGHT in pixels")
+        require(-1 <= self.near_duplicates <= 9, "near_duplicates", self.near_duplicates, "must lie between -1 and 9")
         require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1")
+        together = self.val_fraction + self.test_fraction
+        require(0 <= self.test_fraction < 1, "test_fraction", self.test_fraction, "must lie in [0, 1)")
+        require(together < 1, "test_fraction", self.test_fraction, "must leave photos to train on, with --val-fraction")
+        require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "must be 2 at least, or 0")
+        require(self.show_augment >= 0, "show_augment", self.show_augment, "must not be negative")
+        require_policy(self.augment)
+        if self.probe is not None:
+            probe = self.probe not in SCRATCH and self.weights != "none"
+            require(probe, "probe", self.probe, "needs a backbone with pretrained weights")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,7 +310,7 @@ class DemoConfig:
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
 
 
-PLACES = ("config", "images", "index", "out", "package", "weights")
+PLACES = ("config", "images", "index", "out", "package", "previous", "weights")
 """The options that name a place in storage."""
 
 

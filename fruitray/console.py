@@ -20,16 +20,18 @@ def say(text: str) -> None:
     _OUT.print(text, markup=False, emoji=False)
 
 
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`rows` as a table, a column per key of the first one, numbers to the right."""
+def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | None = None) -> None:
+    """`rows`, or `at_most` so many of them, as a table: a column per key of the first one, numbers to the right."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", title_style="bold")
     for name, value in rows[0].items():
         table.add_column(Text(name), justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
-    for row in rows:
+    for row in rows[:at_most]:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     Console(highlight=False, width=None if _OUT.is_terminal else 160).print(table)
+    if at_most is not None and len(rows) > at_most:
+        say(f"... and {len(rows) - at_most:,} more")
 
 
 def _cell(value: Any) -> str:

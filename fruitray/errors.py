@@ -5,6 +5,7 @@ FruitrayError                  exit code
 ├── NoInputError               3   nothing to work on
 ├── TooManyBadImagesError      4   rows are written, but too many are errors
 ├── OutputConflictError        5   the output belongs to something else, or is not what it claims to be
+│   └── LeakError                  copies of one photo stand in two splits
 ├── StorageError               6   storage says no
 │   ├── NotFoundError
 │   ├── AccessDeniedError
@@ -80,6 +81,10 @@ class OutputConflictError(FruitrayError):
     uri: str
     reason: str
     exit_code: ClassVar[int] = 5
+
+
+class LeakError(OutputConflictError):
+    """The index at `uri` has copies, or near duplicates, of a photo in two splits; `reason` names some."""
 
 
 @dataclass(eq=False)

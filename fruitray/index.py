@@ -1,8 +1,9 @@
 """The dataset index: one row per file, as Parquet. What later jobs know of the photos, they know from here."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,28 +11,52 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.errors import NoInputError, OutputConflictError
+from fruitray.errors import LeakError, NoInputError, OutputConflictError
+from fruitray.facts import THUMBNAIL, VERSION
 from fruitray.storage import Entry, Storage, open_file, open_storage
 
 FILE = "index.parquet"
 
+
+def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"description": description})
+
+
 SCHEMA = pa.schema(
     [
-        ("uri", pa.string()),
-        ("label", pa.string()),  # the first folder below the images' root
-        ("width", pa.int32()),  # pixels, after EXIF rotation
-        ("height", pa.int32()),
-        ("mode", pa.string()),  # Pillow's mode in the file: RGB, L, CMYK, ...
-        ("frames", pa.int32()),  # more than 1 where it is animated; the first is used
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),  # of the file's bytes
-        ("status", pa.string()),  # ok | error
-        ("error_code", pa.string()),  # see fruitray.images.CODES
-        ("error", pa.string()),
-        ("split", pa.string()),  # train | val, null where neither may use it
-        ("etag", pa.string()),
+        _field("uri", pa.string(), "where the file lies"),
+        _field("label", pa.string(), "its class: the first folder below the images' root; null for a file in none"),
+        _field("status", pa.string(), "ok: a photo; error: not to be decoded, see error_code"),
+        _field("error_code", pa.string(), "one of fruitray.images.CODES"),
+        _field("error", pa.string(), "what error_code means, and what is known of this file"),
+        _field("excluded", pa.string(), "why a photo is in no split: one of fruitray.rules.REASONS"),
+        _field("split", pa.string(), "train, val or test; null for what is excluded or an error"),
+        _field("fold", pa.int32(), "cross-validation fold of a train or val photo, from 0, where folds were asked for"),
+        _field(
+            "group", pa.string(), "the same for duplicates and near duplicates: their least sha256, 16 digits of it"
+        ),
+        _field("odd", pa.list_(pa.string()), "what is unusual about it in this set: size, aspect, blurry"),
+        _field("format", pa.string(), "JPEG, PNG or WEBP, by content"),
+        _field("mode", pa.string(), "Pillow's mode in the file: RGB, L (grey), CMYK, P, RGBA, ..."),
+        _field("width", pa.int32(), "pixels, after EXIF rotation"),
+        _field("height", pa.int32(), "pixels, after EXIF rotation"),
+        _field("frames", pa.int32(), "more than 1 where it is animated; the first is used"),
+        _field("orientation", pa.int32(), "EXIF's, 1 to 8; 1 where there is none"),
+        _field("sharpness", pa.float64(), "variance of the Laplacian, of the photo at 1024 pixels at most"),
+        _field("brightness", pa.float64(), "mean luminance, 0 to 1"),
+        _field("color", pa.string(), "dominant colour, #rrggbb"),
+        _field("phash", pa.string(), "64-bit perceptual hash, as hex"),
+        _field("thumbnail", pa.binary(3 * THUMBNAIL**2), f"{THUMBNAIL} x {THUMBNAIL} pixels RGB, row by row"),
+        _field("bytes", pa.int64(), "size of the file"),
+        _field("sha256", pa.string(), "of the file's bytes"),
+        _field("etag", pa.string(), "the storage's name for this version of the file"),
     ]
 )
+"""Every column of the index; their descriptions stand in the file's schema, too."""
+
+DECIDED = ("excluded", "split", "fold", "group", "odd")
+"""The columns that the set decides. A file alone decides the others."""
+FACTS = pa.schema([field for field in SCHEMA if field.name not in DECIDED])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +82,45 @@ class Index:
         ]
         return entries, [number[label] for label in table["label"].to_pylist()]
 
+    def class_weights(self) -> list[float]:
+        """Loss weight per class, so that all weigh alike in training: photos / (classes * photos of the class)."""
+        _, labels = self.rows("train")
+        return [len(labels) / (len(self.classes) * labels.count(number)) for number in range(len(self.classes))]
 
-def write_index(storage: Storage, rows: Sequence[dict[str, Any]], images: str) -> None:
-    """Write `index.parquet` into `storage`; the same rows give the same bytes."""
-    schema = SCHEMA.with_metadata({"fruitray": json.dumps({"images": images})})
-    ordered = sorted(rows, key=lambda row: row["uri"])
+
+def write_index(storage: Storage, table: pa.Table, images: str) -> None:
+    """Write `table` (`SCHEMA`), sorted by URI, as `index.parquet` into `storage`; the same rows give the same bytes."""
+    metadata = {"fruitray": json.dumps({"images": images, "version": VERSION})}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(ordered, schema), sink, compression="zstd")
+    pq.write_table(
+        table.select(SCHEMA.names).sort_by("uri").cast(SCHEMA.with_metadata(metadata)), sink, compression="zstd"
+    )
     storage.write(FILE, sink.getvalue().to_pybytes())
+
+
+def known_facts(earlier: Index, images: Storage, entries: Sequence[Entry]) -> tuple[pa.Table, list[Entry]]:
+    """What an earlier index knows (`FACTS`) of files that are the same by URI, size and etag; and the other entries.
+
+    Files that could not be had, or not be decoded in time, are not known: they may do better now.
+    """
+    listed = pa.table(
+        {
+            "uri": [images.uri_of(entry.key) for entry in entries],
+            "bytes": pa.array([entry.size for entry in entries], pa.int64()),
+            "etag": [entry.etag for entry in entries],
+        }
+    )
+    again = pc.match_substring_regex(
+        pc.fill_null(earlier.table["error_code"], ""), "^E_(SRC|TIMEOUT|DECODE|SYM|NOT_REG)"
+    )
+    table = earlier.table.filter(pc.invert(again)).select(FACTS.names)
+    place = pc.index_in(_version(listed), _version(table))
+    fresh = [entry for entry, new in zip(entries, pc.is_null(place).to_pylist(), strict=True) if new]
+    return table.take(place.drop_null()), fresh
+
+
+def _version(files: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(files["uri"], pc.cast(files["bytes"], pa.string()), files["etag"], "\n")
 
 
 def index_place(uri: str) -> tuple[Storage, str]:
@@ -73,16 +129,39 @@ def index_place(uri: str) -> tuple[Storage, str]:
 
 
 def read_index(uri: str) -> Index:
-    """Read the index that `prepare` wrote to `uri`, its folder or the file itself."""
+    """Read the index that `prepare` wrote to `uri`, its folder or the file itself.
+
+    Raises:
+        LeakError: copies of a photo stand in two splits: the file was changed after `prepare`.
+        NoInputError: it has no rows.
+        OutputConflictError: it is no index, or of another version of fruitray.
+    """
     storage, key = index_place(uri)
     data = storage.read(key)
     try:
         table = pq.read_table(pa.BufferReader(data))
-        images = json.loads(table.schema.metadata[b"fruitray"])["images"]
-        table = table.select(SCHEMA.names)
-        table.validate(full=True)
+        made: Mapping[str, Any] = json.loads(table.schema.metadata[b"fruitray"])
+        images, version = made["images"], made["version"]
+        if version == VERSION:  # another version's columns are others
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+            table.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputConflictError(storage.uri_of(key), "is no index that prepare wrote, or a damaged one") from error
+    if version != VERSION:
+        raise OutputConflictError(storage.uri_of(key), "was written by another version; prepare a new one elsewhere")
     if not table.num_rows:
         raise NoInputError(storage.uri_of(key))
+    check_leaks(table, storage.uri_of(key))
     return Index(table, images, hashlib.sha256(data).hexdigest())
+
+
+def check_leaks(table: pa.Table, uri: str) -> None:
+    """Raise `LeakError` if copies, or near duplicates, of a photo stand in two splits or folds; takes milliseconds."""
+    used = table.filter(pc.is_valid(table["split"]))
+    for what, side in itertools.product(("sha256", "group"), ("split", "fold")):
+        count = used.filter(pc.is_valid(used[what])).group_by(what).aggregate([(side, "count_distinct")])
+        torn = count.filter(pc.greater(count[f"{side}_count_distinct"], 1))[what]
+        if len(torn):
+            where = used.filter(pc.equal(used[what], pc.min(torn))).select(["uri", side]).to_pylist()
+            said = ", ".join(f"{row['uri']} ({row[side]})" for row in where[:4])
+            raise LeakError(uri, f"{len(torn)} duplicates stand in two {side}s: {said}; run prepare again")

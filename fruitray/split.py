@@ -1,64 +1,266 @@
-"""Which photos train and which validate: stratified, deterministic in seed and content, copies never on both sides."""
+"""Who trains, who validates, who is left out: decided by rules, seed and content; duplicates never on both sides.
+
+A photo's side follows from its content, not from its name or from the order of listing, so it keeps it where a folder
+is renamed or listed otherwise, and, with an earlier index, where the folder grows. (scikit-learn's splitters group or
+stratify by position, not by content, and reach neither exact counts nor an earlier split.)
+"""
 
 import hashlib
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from fruitray.audit import odd_ones
+from fruitray.config import PrepareConfig
+from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
+from fruitray.index import SCHEMA
+from fruitray.rules import spare_copies, wrong_size
 
-Row = dict[str, Any]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Objects = NDArray[np.object_]
 
 
-def assign_splits(rows: Sequence[Row], *, val_fraction: float, seed: int) -> list[Row]:
-    """Each row with its `split`: `val` for `val_fraction` of every class (rounded, never none or all), else `train`.
+MAX_SUMS = 2**31
+"""Bits spent on making odd groups fit a quota exactly; where that is not enough, the photos are so many that it matters
+little."""
 
-    Byte-identical files go to one side together. Unreadable and unlabelled files, and identical files that lie in two
-    classes, get None.
+
+@dataclass(slots=True)
+class Group:
+    """Photos that must stand on one side: duplicates of one another, or a single photo."""
+
+    label: str
+    size: int
+    """Photos of it that are in no rule's way."""
+    key: str
+    """The least SHA-256 of its photos: what its place is drawn by."""
+    split: str | None = None
+    """The earlier index's, then the decided one."""
+    fold: int | None = None
+
+
+def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = None) -> pa.Table:
+    """The index (`index.SCHEMA`, sorted by URI) of files whose `facts` (`index.FACTS`) are known.
+
+    With an `earlier` index each content keeps its split and fold, and new ones are placed so that the fractions hold.
 
     Raises:
-        UsageError: fewer than two classes, or a class that cannot stand on both sides; with the counts.
+        UsageError: fewer than two classes, or a class that cannot stand in every split or fold; with the counts.
     """
-    usable = _copies_by_class(rows)
-    side: dict[tuple[str | None, str | None], str] = {}
-    for label, copies in usable.items():
-        held_out = _hold_out(copies, val_fraction, seed)
-        side |= {(label, sha256): "val" if sha256 in held_out else "train" for sha256 in copies}
-    result = [{**row, "split": side.get((row["label"], row.get("sha256")))} for row in rows]
-    _require_both_sides(result)
+    facts = facts.sort_by("uri")
+    (usable,) = np.nonzero(pc.and_(pc.equal(facts["status"], "ok"), pc.is_valid(facts["label"])).to_numpy())
+    decided = _decide_photos(facts.take(usable), config, earlier if earlier is not None else SCHEMA.empty_table())
+    columns = {name: _spread(values, usable, facts.num_rows) for name, values in decided.items()}
+    unlabelled = pc.and_(pc.equal(facts["status"], "ok"), pc.is_null(facts["label"])).to_numpy()
+    columns["excluded"][unlabelled] = "no_label"
+    table = facts.append_column("odd", odd_ones(facts))
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, SCHEMA.field(name).type))
+    table = table.select(SCHEMA.names).cast(SCHEMA)
+    require_splits(table, config)
+    return table
+
+
+def _spread(values: Objects, places: Ints, length: int) -> Objects:
+    """`values` at their `places` among `length`, None elsewhere."""
+    result = np.full(length, None, dtype=object)
+    result[places] = values
     return result
 
 
-def _copies_by_class(rows: Sequence[Row]) -> dict[str, Counter[str]]:
-    """For each class, how many byte-identical files there are of each content that lies in this class alone."""
-    readable = [row for row in rows if row["status"] == "ok" and row["label"]]
-    classes: dict[str, set[str]] = defaultdict(set)
-    for row in readable:
-        classes[row["sha256"]].add(row["label"])
-    usable: dict[str, Counter[str]] = {row["label"]: Counter() for row in readable}
-    for row in readable:
-        if len(classes[row["sha256"]]) == 1:
-            usable[row["label"]][row["sha256"]] += 1
-    return usable
+def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -> dict[str, Objects]:
+    """The columns excluded, group, split and fold of readable, labelled photos."""
+    labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    used = _with_folds(earlier.filter(pc.is_valid(earlier["split"])), config.folds)
+    was = used.take(pc.index_in(photos["sha256"], used["sha256"]))
+    duplicates = find_duplicates(photos, config.near_duplicates)
+    conflict = duplicates.conflicts(labels)
+    leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))  # left out once, left out for good
+    leak = pc.is_in(photos["sha256"], leaks["sha256"]).to_numpy(zero_copy_only=False)
+    leak = leak | _torn(duplicates, conflict | leak, was)
+    groups = duplicates.groups(~conflict & ~leak)
+    wrong = wrong_size(photos, config.size)
+    free = ~conflict & ~leak & ~wrong
+    known = pc.is_in(_file(photos), _file(used)).to_numpy(zero_copy_only=False)
+    spare = spare_copies(photos, duplicates, groups, free, known, config.duplicates)
+    free &= ~spare
+    excluded = np.full(photos.num_rows, None, dtype=object)
+    for reason, holds in {"duplicate": spare, "leak": leak, "conflict": conflict, "size": wrong}.items():
+        excluded[holds] = reason
+    drawn = _groups(photos, groups, free, was)
+    _draw_splits(drawn.values(), config)
+    if config.folds:
+        _draw_folds(drawn.values(), config)
+    shown = np.where(groups < 0, duplicates.groups(np.ones(len(groups), dtype=bool)) + len(groups), groups)
+    return {
+        "excluded": excluded,
+        "group": _group_names(photos["sha256"], shown),
+        "split": np.array([drawn[g].split if ok else None for g, ok in zip(groups, free, strict=True)], dtype=object),
+        "fold": np.array([drawn[g].fold if ok else None for g, ok in zip(groups, free, strict=True)], dtype=object),
+    }
 
 
-def _hold_out(copies: Counter[str], val_fraction: float, seed: int) -> set[str]:
-    """Contents whose files, copies included, number `val_fraction` of all as exactly as groups allow."""
-    wanted = max(1, min(round(val_fraction * copies.total()), copies.total() - 1))
-    held_out: set[str] = set()
-    count = 0
-    for sha256 in sorted(copies, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest()):
-        if count + copies[sha256] <= wanted:
-            held_out.add(sha256)
-            count += copies[sha256]
-    return held_out
+def _file(table: pa.Table) -> pa.ChunkedArray:
+    """(N,) which content lies where."""
+    return pc.binary_join_element_wise(table["sha256"], table["uri"], " ")
 
 
-def _require_both_sides(rows: Sequence[Row]) -> None:
-    counts = Counter((row["label"], row["split"]) for row in rows if row["label"])
-    labels = sorted({label for label, _ in counts})
-    said = ", ".join(f"{label}: {counts[label, 'train']} train + {counts[label, 'val']} val" for label in labels)
+def _with_folds(used: pa.Table, folds: int) -> pa.Table:
+    """An earlier index's rows; without their folds if it had not so many: another number is dealt anew."""
+    if pc.max(used["fold"]).as_py() == folds - 1:
+        return used
+    return used.set_column(used.schema.get_field_index("fold"), "fold", pa.nulls(used.num_rows, pa.int32()))
+
+
+def _torn(duplicates: Duplicates, out: Bools, was: pa.Table) -> Bools:
+    """(N,) new photos, not of those `out`, that would join groups which an earlier index put into different splits or
+    folds; and all of a group that is torn without them."""
+    place = pc.binary_join_element_wise(
+        was["split"], pc.cast(was["fold"], pa.string()), "/", null_handling="replace", null_replacement="-"
+    )
+    side = np.where(pc.is_valid(was["split"]), place.combine_chunks().dictionary_encode().indices, -1)
+    leak = np.zeros(len(out), dtype=bool)
+    for new in (side < 0, np.ones(len(side), dtype=bool)):
+        groups = duplicates.groups(~out & ~leak)
+        placed = (side >= 0) & (groups >= 0)
+        sides: dict[int, set[int]] = defaultdict(set)
+        for group, where in zip(groups[placed].tolist(), side[placed].tolist(), strict=True):
+            sides[group].add(where)
+        leak |= new & np.isin(groups, [group for group, where in sides.items() if len(where) > 1])
+    return leak
+
+
+def _groups(photos: pa.Table, groups: Ints, free: Bools, was: pa.Table) -> dict[int, Group]:
+    """Each group that has photos to place, by its number, with the split and fold that an earlier index gave it."""
+    found: dict[int, Group] = {}
+    columns = (
+        photos["label"].to_pylist(),
+        photos["sha256"].to_pylist(),
+        was["split"].to_pylist(),
+        was["fold"].to_pylist(),
+    )
+    for number, ok, label, sha256, split, fold in zip(groups.tolist(), free.tolist(), *columns, strict=True):
+        group = found.setdefault(number, Group(label, 0, sha256))
+        group.size += ok
+        group.key = min(group.key, sha256)
+        group.split, group.fold = group.split or split, fold if group.fold is None else group.fold
+    return {number: group for number, group in found.items() if group.size}
+
+
+def _group_names(sha256: pa.ChunkedArray, groups: Ints) -> Objects:
+    """The name of each photo's group, None for one alone."""
+    _, number, count = np.unique(groups, return_inverse=True, return_counts=True)
+    names: dict[int, str] = {}
+    shared = count[number] > 1
+    hashes = sha256.to_pylist()
+    for place in np.flatnonzero(shared).tolist():
+        names[number[place]] = min(names.get(number[place], "g"), hashes[place][:16])
+    return np.array([names.get(group) for group in number.tolist()], dtype=object)
+
+
+def _draw_splits(groups: Iterable[Group], config: PrepareConfig) -> None:
+    """Give each group a split: in every class, the photos of val and test number what `quotas` says."""
+    classes = _by_class(groups, config.seed, "split")
+    counts = {label: sum(group.size for group in members) for label, members in classes.items()}
+    for split, fraction in {"test": config.test_fraction, "val": config.val_fraction}.items():
+        for label, quota in quotas(counts, fraction).items():
+            there = sum(group.size for group in classes[label] if group.split == split)
+            free = [group for group in classes[label] if group.split is None]
+            places = fill([group.size for group in free], quota - there)
+            if quota and not there and not places and len(free) > 1:  # all are larger: too many rather than none
+                places = [min(range(len(free)), key=lambda place: free[place].size)]
+            for place in places:
+                free[place].split = split
+    for group in (group for members in classes.values() for group in members if group.split is None):
+        group.split = "train"
+
+
+def _by_class(groups: Iterable[Group], seed: int, what: str) -> dict[str, list[Group]]:
+    """The groups of each class, and the classes, in an order drawn from seed and content."""
+    classes: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        classes[group.label].append(group)
+    for members in classes.values():
+        members.sort(key=lambda group: hashlib.sha256(f"{what}:{seed}:{group.key}".encode()).digest())
+    return dict(sorted(classes.items(), key=lambda item: item[1][0].key))
+
+
+def quotas(counts: dict[str, int], fraction: float) -> dict[str, int]:
+    """How many photos of each class make up `fraction` of all: rounded up in total, as scikit-learn does, and shared
+    out by largest remainder, in a draw to the class named first; never none nor all of a class that has two, for which
+    the others make up.
+    """
+    photos = sum(counts.values())
+    total = math.ceil(fraction * photos - 1e-9)
+    if not total:
+        return dict.fromkeys(counts, 0)
+    shares = {label: total * count / photos for label, count in counts.items()}
+    given = {label: max(1, min(int(shares[label] + 1e-9), count - 1)) for label, count in counts.items()}
+    while missing := total - sum(given.values()):
+        step = 1 if missing > 0 else -1
+        able = [label for label, count in counts.items() if 1 <= given[label] + step <= count - 1]
+        if not able:
+            break
+        able.sort(key=lambda label: step * (given[label] - shares[label]))
+        given.update((label, given[label] + step) for label in able[: abs(missing)])
+    return given
+
+
+def fill(sizes: Sequence[int], wanted: int) -> list[int]:
+    """Positions, the first ones rather, of `sizes` that add up to `wanted`, or to as much less as must be."""
+    chosen, left = [], wanted
+    for place, size in enumerate(sizes):
+        if size <= left:
+            chosen.append(place)
+            left -= size
+    small = len(sizes) * wanted <= MAX_SUMS
+    return _fill_exactly(sizes, wanted) if left > 0 and small else chosen
+
+
+def _fill_exactly(sizes: Sequence[int], wanted: int) -> list[int]:
+    """As `fill`, by way of all sums: bit n of `reached[i]` says whether some of the first i sizes make n."""
+    mask = (1 << (wanted + 1)) - 1
+    reached = [1]
+    for size in sizes:
+        reached.append((reached[-1] | reached[-1] << size) & mask)
+    left, chosen = reached[-1].bit_length() - 1, []
+    for place in range(len(sizes) - 1, -1, -1):
+        if not reached[place] >> left & 1:
+            chosen.append(place)
+            left -= sizes[place]
+    return chosen
+
+
+def _draw_folds(groups: Iterable[Group], config: PrepareConfig) -> None:
+    """Give each group of train and val a fold, so that a class's photos are spread as evenly as groups allow."""
+    totals: Counter[int] = Counter()
+    for label, members in _by_class((g for g in groups if g.split != "test"), config.seed, "fold").items():
+        if len(members) < config.folds:
+            raise UsageError(f"--folds {config.folds}: class {label} has {len(members)} distinct photos for them")
+        counts = Counter(dict.fromkeys(range(config.folds), 0))
+        for group in sorted(members, key=lambda group: (group.fold is None, -group.size)):
+            if group.fold is None:
+                group.fold = min(counts, key=lambda fold: (counts[fold], totals[fold], fold))
+            counts[group.fold] += group.size
+            totals[group.fold] += group.size
+
+
+def require_splits(table: pa.Table, config: PrepareConfig) -> None:
+    """Raise `UsageError`, with the counts, unless there are two classes at least and every class is in every split."""
+    splits = ["train", "val", *(["test"] if config.test_fraction else [])]
+    labelled = table.filter(pc.is_valid(table["label"]))
+    count = Counter(zip(labelled["label"].to_pylist(), labelled["split"].to_pylist(), strict=True))
+    labels = sorted({label for label, _ in count})
+    said = ", ".join(f"{label}: {' + '.join(f'{count[label, split]} {split}' for split in splits)}" for label in labels)
     if len(labels) < 2:
         raise UsageError(f"--images must hold at least two classes, one folder each; found {said or 'none'}")
-    if any(not counts[label, side] for label in labels for side in ("train", "val")):
-        raise UsageError(f"every class needs readable photos for both train and val; found {said}")
+    if any(not count[label, split] for label in labels for split in splits):
+        raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {said}")

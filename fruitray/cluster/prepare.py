@@ -1,56 +1,161 @@
-"""prepare: list the photos, look at each one on the cluster, split, write the index."""
+"""prepare: list the photos, look at each new one on the cluster, decide who trains, write the index.
 
+The driver passes references on and never holds the rows, so its memory does not grow with them; what needs all rows at
+once runs beside it, in a process of its own.
+"""
+
+import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
+from typing import Any
 
 import pyarrow as pa
+import ray
+from ray import ObjectRef
 
 from fruitray.audit import audit, summary
-from fruitray.cluster.runtime import claim, connect, open_input, open_output, require_ours, stream
+from fruitray.cluster.runtime import (
+    beside_driver,
+    claim,
+    connect,
+    open_input,
+    open_output,
+    require_ours,
+    stream_references,
+)
 from fruitray.config import PrepareConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import NoInputError
-from fruitray.images import list_images
-from fruitray.index import FILE, SCHEMA, write_index
-from fruitray.split import assign_splits
+from fruitray.images import is_hidden, list_images
+from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
+from fruitray.isolate import Isolated
+from fruitray.split import decide
 from fruitray.storage import Entry
 
-CHUNK = 128
+MIN_CHUNK, MAX_CHUNK = 128, 4096
+"""Photos per task: few enough to show progress, enough for the driver, which keeps a record per task, to stay small."""
+SHEET, SHEET_SIDE = "augment.png", 160
+"""Name of the contact sheet, and pixels of its photos."""
+SHOWN = 10
+"""Lines of a table on the console; `audit.json` has more."""
 
 
 def run(config: PrepareConfig) -> str:
-    """Write `index.parquet` and `audit.json`; show counts and the size table."""
+    """Write `index.parquet` and `audit.json`; show what was found."""
     images = open_input(config.images)
     out = open_output(config.out, images)
     require_ours(out, "prepare", config)
-    entries, skipped = list_images(images)
-    if not entries:
+    if all(is_hidden(entry.key) for entry in images.list()):
         raise NoInputError(images.uri)
     connect()
-    rows = []
-    with progress("prepare", len(entries), "photos") as advance:
-        for facts in stream(_chunks(images.uri, entries), _audit_chunk):
-            rows += facts.to_pylist()
-            advance(facts.num_rows)
-    rows = assign_splits(rows, val_fraction=config.val_fraction, seed=config.seed)
-    claim(out, "prepare", config)
-    write_index(out, rows, images.uri)
-    found = summary(rows) | {"skipped_hidden": skipped}
-    out.write("audit.json", json.dumps(found, indent=2).encode())
-    show_table("photos by split", found["by_split"])
-    show_table("photos by size", found["sizes"])
-    copies = f"{found['exact_duplicate_files']} exact duplicates in {found['exact_duplicate_groups']} groups"
-    bad = ", ".join(f"{code} {count}" for code, count in found["by_error_code"].items()) or "none"
-    say(f"{copies}; unreadable files: {bad}; hidden files skipped: {skipped}")
-    return f"prepare: {len(rows):,} photos indexed in {out.uri_of(FILE)}"
+    found = ray.get(beside_driver(_finish).remote(config, *_look(config)))
+    _show(found)
+    if config.show_augment:
+        ray.get(beside_driver(_draw_augmentation).remote(config))
+        say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {out.uri_of(SHEET)}")
+    if config.probe:
+        from fruitray.cluster.suspects import find_suspects  # on use: it needs torch
+
+        find_suspects(config, config.probe)
+    return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
 
 
-def _chunks(root: str, entries: list[Entry]) -> list[pa.Table]:
-    rows = [{"root": root, **asdict(entry)} for entry in entries]
-    return [pa.Table.from_pylist(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+def _earlier(config: PrepareConfig) -> Index | None:
+    """The index to go on from: the one that stands in --out, else the one that --previous names."""
+    out = open_output(config.out)
+    if out.exists(FILE):
+        return read_index(out.uri)
+    return read_index(config.previous) if config.previous else None
+
+
+def _look(config: PrepareConfig) -> tuple[list[ObjectRef], dict[str, int]]:
+    """References to tables of `FACTS`, known or new, about every file in no particular order, and counts of files."""
+    first, known, *fresh = beside_driver(_list).remote(config)
+    counts, facts = ray.get(first), [known]
+    with progress("prepare", counts["read"], "photos") as advance:
+        for references, rows in stream_references(fresh, _audit_chunk) if fresh else ():
+            facts += references
+            advance(rows)
+    return facts, counts
+
+
+def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table]:
+    """How many files are to be read, and how many hidden; what is known of the others; those to read, in chunks."""
+    images, earlier = open_input(config.images), _earlier(config)
+    entries, skipped = list_images(images)
+    known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
+    yield {"read": len(fresh), "skipped_hidden": skipped}
+    yield known
+    size = min(max(len(fresh) // 64, MIN_CHUNK), MAX_CHUNK)
+    for start in range(0, len(fresh), size):
+        yield pa.Table.from_pylist([{"root": images.uri, **asdict(entry)} for entry in fresh[start : start + size]])
 
 
 def _audit_chunk(chunk: pa.Table) -> pa.Table:
     storage = open_input(chunk["root"][0].as_py())  # a node that cannot see the photos must say so, not call them gone
     entries = [Entry(**row) for row in chunk.drop_columns("root").to_pylist()]
-    return pa.Table.from_pylist(list(audit(storage, entries)), SCHEMA)
+    return pa.Table.from_pylist(list(audit(storage, entries, _isolated())), FACTS)
+
+
+@cache
+def _isolated() -> Isolated:
+    """This worker's decoder, which lives as long as the worker does."""
+    return Isolated()
+
+
+def _finish(config: PrepareConfig, facts: list[ObjectRef], counts: dict[str, int]) -> dict[str, Any]:
+    """Decide, write, and answer what is to be shown."""
+    images, out, earlier = open_input(config.images), open_output(config.out), _earlier(config)
+    table = decide(pa.concat_tables(ray.get(facts)), config, earlier.table if earlier else None)
+    claim(out, "prepare", config)
+    write_index(out, table, images.uri)
+    found = summary(table) | counts
+    out.write("audit.json", json.dumps(found, indent=2).encode())
+    return found
+
+
+def _draw_augmentation(config: PrepareConfig) -> None:
+    """Write the contact sheet of an augmentation."""
+    import torch  # on use, as what follows: prepare does without it otherwise
+
+    from fruitray.augment import contact_sheet
+    from fruitray.batches import squares
+    from fruitray.preprocess import Preprocessing
+
+    index, out = read_index(config.out), open_output(config.out)
+    entries, _ = index.rows("train")
+    chosen = [entries[place * len(entries) // config.show_augment] for place in range(config.show_augment)]
+    photos = torch.stack(list(squares(open_input(config.images), chosen, Preprocessing(size=SHEET_SIDE))))
+    sheet = io.BytesIO()
+    contact_sheet(photos, config.augment, config.seed).save(sheet, "PNG")
+    out.write(SHEET, sheet.getvalue())
+
+
+def _show(found: dict[str, Any]) -> None:
+    say(f"{found['files']:,} files, {found['read']:,} read now; hidden files skipped: {found['skipped_hidden']}")
+    show_table("photos by class and split", found["classes"])
+    for title, name in {
+        "photos by size": "sizes",
+        "photos by mode (L: grey)": "modes",
+        "unusual photos": "odd",
+        "unreadable files": "errors",
+        "left out, by rule": "excluded",
+    }.items():
+        show_table(title, found[name], at_most=SHOWN)
+    say(
+        f"duplicates: {found['exact_duplicate_files']} copies in {found['exact_duplicate_groups']} groups of the same "
+        f"bytes; {found['near_duplicate_photos']} photos in {found['near_duplicate_groups']} groups that nearly are; "
+        f"{found['conflicting_photos']} left out as they lie in two classes"
+    )
+    lines = [
+        {"kind": group["kind"], "photos": group["photos"], "files": "  ".join(_names(group["files"]))}
+        for group in found["duplicate_groups"]
+    ]
+    show_table("groups of duplicates", lines, at_most=SHOWN)
+
+
+def _names(files: list[dict[str, str]]) -> list[str]:
+    """The last two parts of each URI: class and name."""
+    return ["/".join(file["uri"].split("/")[-2:]) for file in files[:4]] + (["..."] if len(files) > 4 else [])

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C would e
 import pyarrow as pa
 import ray
 import ray.data
+from ray import ObjectRef
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,6 +28,7 @@ from fruitray.console import say
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.storage import LocalStorage, Storage, open_storage
 
+warnings.filterwarnings("ignore", "`ray_remote_args_fn`")  # Ray has no other way yet to bound a worker's retries
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
 
@@ -33,7 +36,9 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="warning")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False
+    settings.op_resource_reservation_enabled = False  # our streams have one step; half the CPUs were kept for others
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -66,8 +71,7 @@ def own_cluster(folder: Path) -> Iterator[None]:
 @contextmanager
 def lines_from_workers() -> Iterator[Queue]:
     """Yields a queue to hand to workers: what they put into it is said on the driver's console."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    queue = Queue(actor_options=_here())
 
     def listen() -> None:
         while (line := queue.get()) is not None:
@@ -81,6 +85,16 @@ def lines_from_workers() -> Iterator[Queue]:
         queue.put(None)
         listener.join(timeout=10)
         queue.shutdown()
+
+
+def beside_driver(function: Callable[..., Any]) -> Any:
+    """`function` as a Ray task in a process of its own on the driver's node: what it holds, the driver need not."""
+    return ray.remote(function).options(**_here())
+
+
+def _here() -> dict[str, Any]:
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def open_input(uri: str) -> Storage:
@@ -102,6 +116,8 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
 
 FREE = ("config", "workers", "gpu", "cpus_per_trial", "gpus_per_trial")
 """Options that do not decide what comes out, so a job may be resumed with others."""
+FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
+"""Those of one job alone."""
 
 
 def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
@@ -110,9 +126,9 @@ def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -
     if not out.exists(key):
         return
     standing, wanted = _options(out.read(key)), _options(_saved(config, index_sha256))
-    for option, value in wanted.items():
-        if standing.get(option) != value:
-            reason = f"was made with {option} {standing.get(option)!r}, not {value!r}; choose another --out"
+    for option in wanted.keys() - {*FREE, *FREE_OF.get(name, ())}:
+        if standing.get(option) != wanted[option]:
+            reason = f"was made with {option} {standing.get(option)!r}, not {wanted[option]!r}; choose another --out"
             raise OutputConflictError(out.uri_of(key), reason)
 
 
@@ -127,11 +143,10 @@ def _saved(config: Any, index_sha256: str) -> bytes:
 
 
 def _options(saved: bytes) -> dict[str, Any]:
-    """What decides the output of a saved config, as the command line has it: without the groups."""
+    """A saved config as the command line has it: without the groups."""
     config: dict[str, Any] = json.loads(saved)
     groups = [name for name, value in config.items() if isinstance(value, dict)]
-    flat = config | {option: value for name in groups for option, value in config.pop(name).items()}
-    return {option: value for option, value in flat.items() if option not in FREE}
+    return config | {option: value for name in groups for option, value in config.pop(name).items()}
 
 
 ATTEMPTS = 10
@@ -144,10 +159,22 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
     A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
     `options` are those of `Dataset.map_batches`.
     """
-    dataset = ray.data.from_arrow(list(tables))
+    done = _mapped(ray.data.from_arrow(list(tables)), work, **options)
+    yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def stream_references(
+    tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
+) -> Iterator[tuple[list[ObjectRef], int]]:
+    """As `stream`, of tables that the driver never holds: yields references to results, and how many rows they have."""
+    for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
+        yield bundle.block_refs, bundle.num_rows()
+
+
+def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
     # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
     retries = {"max_task_retries" if isinstance(work, type) else "max_retries": ATTEMPTS}
-    done = dataset.map_batches(
+    return dataset.map_batches(
         work,
         batch_size=None,
         batch_format="pyarrow",
@@ -155,7 +182,6 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
         ray_remote_args_fn=lambda: retries,
         **options,
     )
-    yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def worker_count(asked: int, *, gpu: bool) -> int:

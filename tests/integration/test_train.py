@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 
 from fruitray.package import load_package, read_description
 from fruitray.storage import open_storage
@@ -31,15 +30,6 @@ def place(aws: str, cluster: Cluster) -> str:
     code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
     assert code == 0, printed
     return root
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a weights file for mobilenet_v2, untrained: what counts here is the path it takes."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    save_file(torchvision.models.mobilenet_v2().state_dict(), folder / "mobilenet_v2.safetensors")
-    return folder
 
 
 def _kill_when(job: subprocess.Popen[str], line: str) -> str:

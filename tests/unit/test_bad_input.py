@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fruitray.errors import ImageError
-from fruitray.images import MAX_BYTES, fetch, list_images
+from fruitray.audit import audit
+from fruitray.images import MAX_BYTES, list_images
 from fruitray.isolate import Isolated
 from fruitray.storage import LocalStorage
 from tests.unit.photos import (
@@ -94,9 +94,9 @@ HIDDEN = ["20/.DS_Store", "20/.hidden.jpg", "20/.cache/photo.jpg"]
 
 
 @pytest.fixture(scope="module")
-def looked_at() -> Iterator[tuple[dict[str, Facts | ImageError], int]]:
-    """What each key below the folder got, and how many files were skipped."""
-    with tempfile.TemporaryDirectory() as folder, Isolated() as isolated:
+def audited(isolated: Isolated) -> tuple[dict[str, Facts], int]:
+    """The row of each key below the folder, and how many files were skipped."""
+    with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "photos")
         fill(root)
         storage = LocalStorage(str(root))
@@ -104,9 +104,8 @@ def looked_at() -> Iterator[tuple[dict[str, Facts | ImageError], int]]:
         (root / "17/deleted.jpg").unlink()
         (root / "17/replaced.jpg").write_bytes(PNG)
         with unprivileged():
-            contents = list(fetch(storage, entries))
-        outcomes = list(isolated.map(contents))
-        yield dict(zip([entry.key for entry in entries], outcomes, strict=True)), skipped
+            rows = list(audit(storage, entries, isolated))
+        return dict(zip([entry.key for entry in entries], rows, strict=True)), skipped
 
 
 def fill(root: Path) -> None:
@@ -139,18 +138,18 @@ def unprivileged() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_every_file_has_its_row_and_hidden_ones_are_counted(looked_at: tuple[dict[str, Any], int]) -> None:
-    rows, skipped = looked_at
+def test_every_file_has_its_row_and_hidden_ones_are_counted(audited: tuple[dict[str, Facts], int]) -> None:
+    rows, skipped = audited
     assert sorted(rows) == sorted([*FILES, *NEVER_OPENED])
     assert skipped == len(HIDDEN)
 
 
 @pytest.mark.parametrize("key", [*FILES, *NEVER_OPENED])
-def test_a_file_gets_the_code_or_the_facts_of_its_case(looked_at: tuple[dict[str, Any], int], key: str) -> None:
-    found, wanted = looked_at[0][key], (FILES[key][1] if key in FILES else NEVER_OPENED[key])
+def test_a_file_gets_the_code_or_the_facts_of_its_case(audited: tuple[dict[str, Facts], int], key: str) -> None:
+    row, wanted = audited[0][key], (FILES[key][1] if key in FILES else NEVER_OPENED[key])
     if isinstance(wanted, str):
-        assert isinstance(found, ImageError), found
-        assert found.code == wanted
+        assert (row["status"], row.get("error_code")) == ("error", wanted)
     else:
-        assert isinstance(found, dict), found
-        assert {name: found[name] for name in wanted} == pytest.approx(wanted, abs=0.01)
+        assert {name: row.get(name) for name in ("status", *wanted)} == pytest.approx(
+            {"status": "ok", **wanted}, abs=0.01
+        )

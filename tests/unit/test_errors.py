@@ -17,6 +17,7 @@ ERRORS = [
     (errors.NoInputError(URI), 3, [URI]),
     (errors.TooManyBadImagesError(URI, 7, 20, 0.005), 4, [URI, "7 of 20", "0.5%"]),
     (errors.OutputConflictError(URI, "belongs to another plan"), 5, [URI, "belongs to another plan"]),
+    (errors.LeakError(URI, "2 duplicates stand in two splits"), 5, [URI, "2 duplicates stand in two splits"]),
     (errors.StorageError(URI, "the store answers Teapot"), 6, [URI, "Teapot"]),
     (errors.NotFoundError(URI, "there is no such bucket"), 6, [URI, "no such bucket"]),
     (errors.AccessDeniedError(URI, "access denied"), 6, [URI, "access denied"]),

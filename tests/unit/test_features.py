@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import NotFoundError, OutputConflictError, UsageError
 from fruitray.features import embed, feature_rows, features_key, has_features, read_features, write_features
 from fruitray.fit import fit
-from fruitray.index import Index, read_index, write_index
+from fruitray.index import SCHEMA, Index, read_index, write_index
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import LocalStorage, open_storage
 from fruitray.synthetic import LABELS, draw
@@ -46,7 +47,7 @@ def write_photos_and_index(folder: Path, seed: int = 0) -> str:
         for entry in photos.list()
     ]
     out = folder / f"index-{seed}"
-    write_index(LocalStorage(str(out)), rows, photos.uri)
+    write_index(LocalStorage(str(out)), pa.Table.from_pylist(rows, SCHEMA), photos.uri)
     return str(out)
 
 

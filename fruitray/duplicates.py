@@ -1,0 +1,146 @@
+"""Which photos are one photo: byte for byte, or nearly: encoded, sized or lit otherwise, or taken a moment later.
+
+Near duplicates have perceptual hashes that differ in few bits, and thumbnails with the same light and the same colours.
+imagehash, cleanvision and imagededup compare every pair of hashes, or only equal ones; the search here finds every pair
+within the distance, among millions (multi-index hashing, Norouzi et al. 2012), and holds no more than what it finds.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+BANDS = (13, 13, 13, 13, 12)
+"""Bits of the 64-bit hash per band: of two hashes 9 bits apart, one band at least differs in one bit at most."""
+MAX_BITS = 9
+CANDIDATES = 2_000_000
+"""Pairs that are compared at a time."""
+SAME_LIGHT = 0.95
+"""Least correlation of the luminance of two thumbnails of one photo."""
+SAME_COLOR = 0.35
+"""Largest difference of the chrominance of two thumbnails of one photo, relative to their chrominance; 0 to 1."""
+GREY = 3.0
+"""Mean chrominance, of 128, below which a photo has no colour to compare."""
+BLOCK = 65_536
+"""Thumbnails that are measured, or compared, at a time."""
+FLAT = 2.0
+"""Standard deviation of a thumbnail's luminance, of 255, below which its hash says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """What `find_duplicates` found among N photos."""
+
+    content: Ints
+    """(N,) a number per content: byte-identical files have the same."""
+    pairs: Ints
+    """(P, 2) contents that are near duplicates."""
+
+    def conflicts(self, labels: Ints) -> Bools:
+        """(N,) whether a photo, or a near duplicate of it, lies in another class too; `labels` (N,) class numbers."""
+        contents = int(self.content.max(initial=-1)) + 1
+        label = np.full(contents, -1)
+        label[self.content] = labels
+        mixed = np.zeros(contents, dtype=bool)
+        mixed[self.content[label[self.content] != labels]] = True
+        left, right = self.pairs[:, 0], self.pairs[:, 1]
+        differ = (label[left] != label[right]) | mixed[left] | mixed[right]
+        mixed[self.pairs[differ].reshape(-1)] = True
+        return mixed[self.content]
+
+    def groups(self, among: Bools) -> Ints:
+        """(N,) a number per group of duplicates of duplicates `among` (N,) the photos; -1 for those not among them."""
+        contents = int(self.content.max(initial=-1)) + 1
+        there = np.zeros(contents, dtype=bool)
+        there[self.content[among]] = True
+        left, right = self.pairs[there[self.pairs].all(axis=1)].T
+        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(contents, contents))
+        return np.where(among, connected_components(graph, directed=False)[1][self.content], -1).astype(np.int64)
+
+
+def find_duplicates(photos: pa.Table, bits: int) -> Duplicates:
+    """The duplicates among `photos` (columns sha256, phash, thumbnail of `index.SCHEMA`): near ones are those whose
+    hashes differ in at most `bits` of 64 bits, at most `MAX_BITS`; with `bits` -1 only byte-identical ones count.
+    """
+    content = photos["sha256"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    _, first = np.unique(content, return_index=True)
+    if bits < 0 or not len(first):
+        return Duplicates(content.astype(np.int64), np.empty((0, 2), dtype=np.int64))
+    kinds = photos.select(["phash", "thumbnail"]).take(first).combine_chunks()
+    hashes = np.fromiter((int(value, 16) for value in kinds["phash"].to_pylist()), dtype=np.uint64)
+    thumbnails = np.frombuffer(kinds["thumbnail"].chunk(0).buffers()[1], np.uint8).reshape(len(hashes), -1)
+    parts = [thumbnails[start : start + BLOCK] for start in range(0, len(thumbnails), BLOCK)]
+    (vivid,) = np.nonzero(np.concatenate([_ycc(part)[..., 0].std(axis=1) for part in parts]) >= FLAT)
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for pairs in _close(hashes, vivid, bits):
+        for start in range(0, len(pairs), BLOCK):
+            block = pairs[start : start + BLOCK]
+            found.append(block[same_photo(*thumbnails[block.T])])
+    return Duplicates(content.astype(np.int64), np.concatenate(found))
+
+
+def same_photo(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Bools:
+    """(P,) whether two thumbnails (P, T * T * 3) RGB have light and dark, and colours, in the same places.
+
+    A colourless copy of a coloured photo is the same photo; other levels of light are forgiven, other colours are not.
+    """
+    a, b = _ycc(left), _ycc(right)
+    light_a, light_b = (y - y.mean(axis=1, keepdims=True) for y in (a[..., 0], b[..., 0]))
+    scale = np.sqrt((light_a**2).sum(axis=1) * (light_b**2).sum(axis=1))
+    light = (light_a * light_b).sum(axis=1) >= SAME_LIGHT * np.maximum(scale, 1e-6)
+    strength_a, strength_b, difference = (np.abs(c[..., 1:]).mean(axis=(1, 2)) for c in (a, b, a - b))
+    grey = np.minimum(strength_a, strength_b) < GREY
+    same: Bools = light & (grey | (difference <= SAME_COLOR * (strength_a + strength_b)))
+    return same
+
+
+_YCC = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]], dtype=np.float32)
+
+
+def _ycc(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(N, T * T * 3) RGB as (N, T * T, 3): luminance 0 to 255, chrominance -128 to 128 (JFIF)."""
+    return thumbnails.reshape(len(thumbnails), thumbnails.shape[1] // 3, 3).astype(np.float32) @ _YCC.T
+
+
+def _close(hashes: NDArray[np.uint64], among: Ints, bits: int) -> Iterator[Ints]:
+    """Each pair (P, 2), the lower first, of positions `among` all whose hashes differ in at most `bits`."""
+    least = bits // len(BANDS)
+    """So many bits at most differ in one of the bands."""
+    bands = [(hashes[among] >> np.uint64(shift)).astype(np.int64) & ((1 << width) - 1) for shift, width in _places()]
+    for number, (band, width) in enumerate(zip(bands, BANDS, strict=True)):
+        order = np.argsort(band, kind="stable")
+        for flip in [0, *(1 << bit for bit in range(width) if least)]:
+            start, end = (np.searchsorted(band[order], band ^ flip, side=side) for side in ("left", "right"))
+            for query, place in _expanded(start, end):
+                hit = order[place]
+                near = (query < hit) & (np.bitwise_count(hashes[among[query]] ^ hashes[among[hit]]) <= bits)
+                query, hit = query[near], hit[near]
+                for earlier in bands[:number]:  # which has yielded the pair already, where it differs as little
+                    new = np.bitwise_count(earlier[query] ^ earlier[hit]) > least
+                    query, hit = query[new], hit[new]
+                yield np.stack([among[query], among[hit]], axis=1)
+
+
+def _places() -> Iterator[tuple[int, int]]:
+    """Lowest bit and width of each band."""
+    yield from zip(itertools.accumulate(BANDS, initial=0), BANDS, strict=False)
+
+
+def _expanded(start: Ints, end: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """For query i every number of [start[i], end[i]): (queries, numbers), some `CANDIDATES` at a time."""
+    counts = end - start
+    chunk = np.cumsum(counts) // CANDIDATES
+    cuts = [0, *(np.flatnonzero(np.diff(chunk)) + 1), len(counts)]
+    for first, last in itertools.pairwise(cuts):
+        here = counts[first:last]
+        before = np.repeat(np.cumsum(here) - here, here)
+        queries = np.repeat(np.arange(first, last), here)
+        yield queries, start[queries] + np.arange(len(queries)) - before
