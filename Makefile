@@ -1,9 +1,9 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make bench` measures.
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: install demo test lint unit integration e2e clean
+.PHONY: install demo test lint unit integration e2e bench clean
 
 install: .venv/.installed
 
@@ -24,6 +24,10 @@ lint: install
 
 unit integration e2e: install
 	$(RUN) pytest tests/$@
+
+bench: install
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	$(RUN) tests.benchmarks.audit
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
