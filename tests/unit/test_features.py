@@ -1,5 +1,6 @@
 """Behaviour of the kept embeddings, and of the recipes that train on them or on the photos."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fruitray.index import SCHEMA, Index, read_index, write_index
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import LocalStorage, open_storage
 from fruitray.synthetic import LABELS, draw
+from tests.tables import index_of, photo, singles
 
 CPU = torch.device("cpu")
 TRAIN, VAL = 12, 6
@@ -187,6 +189,24 @@ def test_a_photo_is_read_once_for_all_its_variants(index_uri: str, monkeypatch: 
     embeddings = embed(network(), open_storage(index.images), feature_rows(index, "eightfold"), CPU)
     assert len(embeddings) == 8 * TRAIN + VAL
     assert len(read) == len(set(read)) == TRAIN + VAL
+
+
+def test_the_reports_eightfold_set_is_of_training_photos_alone() -> None:
+    """4,141 photos, copies among them, give 26,496 + 829; what validates is in no variant of what trains."""
+    near = [photo("tomato", look, change) for look in range(1, 31) for change in (1, 2)]
+    rows = [*singles("cherry", 1300), *singles("strawberry", 1400), *singles("tomato", 1381), *near]
+    index = Index(index_of(rows), "/p", "")
+    views = feature_rows(index, "eightfold")
+    training, validation = views[:26_496], views[26_496:]
+    assert Counter(view.variant for view in training) == dict.fromkeys(range(8), 3312)
+    assert [view.variant for view in validation] == [0] * 829
+    groups = dict(zip(index.table["uri"].to_pylist(), index.table["group"].to_pylist(), strict=True))
+    trained, validated = (
+        {groups[f"/p/{view.entry.key}"] or view.entry.key for view in side} for side in (training, validation)
+    )
+    assert trained
+    assert validated
+    assert not trained & validated
 
 
 def test_validation_holds_originals_only(index_uri: str) -> None:
