@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from fruitray.errors import ImageError
 from fruitray.images import fetch
+from fruitray.index import label_of
 from fruitray.isolate import Isolated
 from fruitray.storage import Entry, Storage
 
-LISTED = 1000
-"""At most so many of a kind are listed in `audit.json`; the index has all."""
+LISTED, LINES = 1000, 100
+"""At most so many of a kind are listed in `audit.json`, and lines of a table by class; the index has all."""
 ODD_ASPECT = 1.5
 """How many times the usual aspect, at least, is odd."""
 
@@ -27,12 +28,6 @@ def audit(storage: Storage, entries: Sequence[Entry], isolated: Isolated) -> Ite
             yield row | {"status": "error", "error_code": facts.code, "error": facts.detail}
         else:
             yield row | facts | {"status": "ok", "thumbnail": bytes.fromhex(facts["thumbnail"])}
-
-
-def label_of(key: str) -> str | None:
-    """The class a key says: its first folder. A file in no folder has none."""
-    folder, separator, _ = key.partition("/")
-    return folder if separator else None
 
 
 # ---- what is odd
@@ -154,7 +149,7 @@ def summary(table: pa.Table) -> dict[str, Any]:
         "files": table.num_rows,
         "photos": pc.sum(ok).as_py(),
         "classes": classes(table),
-        "sizes": sizes(table),
+        "sizes": sizes(table)[:LINES],
         "modes": crosstab(table.filter(ok), "mode", "label"),
         "formats": crosstab(table.filter(ok), "format", "label"),
         "odd": odd_table(table),

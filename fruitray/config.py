@@ -101,6 +101,7 @@ class PrepareConfig:
         require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "must be 2 at least, or 0")
         require(self.show_augment >= 0, "show_augment", self.show_augment, "must not be negative")
         require_policy(self.augment)
+        require(not self.out.endswith(".parquet"), "out", self.out, "is a folder; the index in it is index.parquet")
         if self.probe is not None:
             probe = self.probe not in SCRATCH and self.weights != "none"
             require(probe, "probe", self.probe, "needs a backbone with pretrained weights")
@@ -132,6 +133,12 @@ class ModelConfig:
             object.__setattr__(self, "weights", "none")
         scratch = self.weights == "none"
         require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
+
+
+def probe_model(config: PrepareConfig) -> ModelConfig:
+    """The network that `prepare --probe` asks."""
+    backbone = config.probe or ""
+    return ModelConfig(backbone=backbone, weights=config.weights, image_size=config.image_size, frozen=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -315,14 +322,14 @@ PLACES = ("config", "images", "index", "out", "package", "previous", "weights")
 
 
 def resolved(config: Any) -> Any:
-    """`config` with its local paths made absolute: workers run in folders of their own."""
+    """`config` with its places written in one way: local paths absolute, as workers run in folders of their own."""
     changes = {}
     for name in (field.name for field in dataclasses.fields(config)):
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             changes[name] = resolved(value)
-        elif name in PLACES and value not in (None, "imagenet", "none") and "://" not in value:
-            changes[name] = os.path.abspath(os.path.expanduser(value))
+        elif name in PLACES and value not in (None, "imagenet", "none"):
+            changes[name] = value.rstrip("/") if "://" in value else os.path.abspath(os.path.expanduser(value))
     return dataclasses.replace(config, **changes)
 
 

@@ -2,11 +2,11 @@
 
 Near duplicates have perceptual hashes that differ in few bits, and thumbnails with the same light and the same colours.
 imagehash, cleanvision and imagededup compare every pair of hashes, or only equal ones; the search here finds every pair
-within the distance, among millions (multi-index hashing, Norouzi et al. 2012), and holds no more than what it finds.
+within the distance, among millions and in bounded memory (multi-index hashing, Norouzi et al. 2012).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ SAME_COLOR = 0.35
 """Largest difference of the chrominance of two thumbnails of one photo, relative to their chrominance; 0 to 1."""
 GREY = 3.0
 """Mean chrominance, of 128, below which a photo has no colour to compare."""
+KEPT = 8_000_000
+"""Pairs of close hashes that are kept; a folder of a film's frames may have more."""
 BLOCK = 65_536
 """Thumbnails that are measured, or compared, at a time."""
 FLAT = 2.0
@@ -37,33 +39,58 @@ FLAT = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """What `find_duplicates` found among N photos."""
+    """What `find_duplicates` found among N photos of C contents."""
 
     content: Ints
     """(N,) a number per content: byte-identical files have the same."""
-    pairs: Ints
-    """(P, 2) contents that are near duplicates."""
+    hashes: NDArray[np.uint64]
+    """(C,) perceptual hashes."""
+    thumbnails: NDArray[np.uint8]
+    """(C, T * T * 3) RGB."""
+    bits: int
+    close: Ints | None
+    """(P, 2) contents with close hashes; None where they are so many that they are searched anew each time."""
+
+    def near(
+        self, worth: Callable[[Ints], Bools] = lambda pairs: np.ones(len(pairs), dtype=np.bool_)
+    ) -> Iterator[Ints]:
+        """Near duplicates (P, 2), as numbers of contents, among the pairs that are `worth` a comparison."""
+        for pairs in _close(self.hashes, self.thumbnails, self.bits) if self.close is None else [self.close]:
+            for start in range(0, len(pairs), BLOCK):
+                block = pairs[start : start + BLOCK]
+                block = block[worth(block)]
+                if len(block):
+                    yield block[same_photo(*self.thumbnails[block.T])]
 
     def conflicts(self, labels: Ints) -> Bools:
         """(N,) whether a photo, or a near duplicate of it, lies in another class too; `labels` (N,) class numbers."""
-        contents = int(self.content.max(initial=-1)) + 1
-        label = np.full(contents, -1)
+        label = np.full(len(self.hashes), -1)
         label[self.content] = labels
-        mixed = np.zeros(contents, dtype=bool)
+        mixed = np.zeros(len(label), dtype=bool)
         mixed[self.content[label[self.content] != labels]] = True
-        left, right = self.pairs[:, 0], self.pairs[:, 1]
-        differ = (label[left] != label[right]) | mixed[left] | mixed[right]
-        mixed[self.pairs[differ].reshape(-1)] = True
-        return mixed[self.content]
+        found = mixed.copy()
+
+        def worth(pairs: Ints) -> Bools:
+            differ = (label[pairs[:, 0]] != label[pairs[:, 1]]) | mixed[pairs].any(axis=1)
+            return np.asarray(differ & ~found[pairs].all(axis=1))
+
+        for pairs in self.near(worth):
+            found[pairs.reshape(-1)] = True
+        return found[self.content]
 
     def groups(self, among: Bools) -> Ints:
         """(N,) a number per group of duplicates of duplicates `among` (N,) the photos; -1 for those not among them."""
-        contents = int(self.content.max(initial=-1)) + 1
-        there = np.zeros(contents, dtype=bool)
+        there = np.zeros(len(self.hashes), dtype=bool)
         there[self.content[among]] = True
-        left, right = self.pairs[there[self.pairs].all(axis=1)].T
-        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(contents, contents))
-        return np.where(among, connected_components(graph, directed=False)[1][self.content], -1).astype(np.int64)
+        group = np.arange(len(there))
+
+        def worth(pairs: Ints) -> Bools:
+            return np.asarray(there[pairs].all(axis=1) & (group[pairs[:, 0]] != group[pairs[:, 1]]))
+
+        for pairs in self.near(worth):
+            links = coo_array((np.ones(len(pairs), dtype=bool), group[pairs.T]), shape=(len(there), len(there)))
+            group[:] = connected_components(links, directed=False)[1][group]
+        return np.where(among, group[self.content], -1).astype(np.int64)
 
 
 def find_duplicates(photos: pa.Table, bits: int) -> Duplicates:
@@ -72,19 +99,20 @@ def find_duplicates(photos: pa.Table, bits: int) -> Duplicates:
     """
     content = photos["sha256"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
     _, first = np.unique(content, return_index=True)
-    if bits < 0 or not len(first):
-        return Duplicates(content.astype(np.int64), np.empty((0, 2), dtype=np.int64))
     kinds = photos.select(["phash", "thumbnail"]).take(first).combine_chunks()
     hashes = np.fromiter((int(value, 16) for value in kinds["phash"].to_pylist()), dtype=np.uint64)
-    thumbnails = np.frombuffer(kinds["thumbnail"].chunk(0).buffers()[1], np.uint8).reshape(len(hashes), -1)
-    parts = [thumbnails[start : start + BLOCK] for start in range(0, len(thumbnails), BLOCK)]
-    (vivid,) = np.nonzero(np.concatenate([_ycc(part)[..., 0].std(axis=1) for part in parts]) >= FLAT)
-    found = [np.empty((0, 2), dtype=np.int64)]
-    for pairs in _close(hashes, vivid, bits):
-        for start in range(0, len(pairs), BLOCK):
-            block = pairs[start : start + BLOCK]
-            found.append(block[same_photo(*thumbnails[block.T])])
-    return Duplicates(content.astype(np.int64), np.concatenate(found))
+    thumbnails = np.frombuffer(b"".join(kinds["thumbnail"].to_pylist()), np.uint8).reshape(
+        len(hashes), -1 if len(hashes) else 3
+    )
+    close, count = [np.empty((0, 2), dtype=np.int64)], 0
+    for pairs in _close(hashes, thumbnails, bits):
+        close.append(pairs)
+        count += len(pairs)
+        if count > KEPT:
+            break
+    return Duplicates(
+        content.astype(np.int64), hashes, thumbnails, bits, None if count > KEPT else np.concatenate(close)
+    )
 
 
 def same_photo(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Bools:
@@ -110,8 +138,11 @@ def _ycc(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     return thumbnails.reshape(len(thumbnails), thumbnails.shape[1] // 3, 3).astype(np.float32) @ _YCC.T
 
 
-def _close(hashes: NDArray[np.uint64], among: Ints, bits: int) -> Iterator[Ints]:
-    """Each pair (P, 2), the lower first, of positions `among` all whose hashes differ in at most `bits`."""
+def _close(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], bits: int) -> Iterator[Ints]:
+    """Each pair (P, 2) of contents, but flat ones, whose hashes differ in at most `bits`."""
+    if bits < 0:
+        return
+    among = _vivid(thumbnails)
     least = bits // len(BANDS)
     """So many bits at most differ in one of the bands."""
     bands = [(hashes[among] >> np.uint64(shift)).astype(np.int64) & ((1 << width) - 1) for shift, width in _places()]
@@ -127,6 +158,12 @@ def _close(hashes: NDArray[np.uint64], among: Ints, bits: int) -> Iterator[Ints]
                     new = np.bitwise_count(earlier[query] ^ earlier[hit]) > least
                     query, hit = query[new], hit[new]
                 yield np.stack([among[query], among[hit]], axis=1)
+
+
+def _vivid(thumbnails: NDArray[np.uint8]) -> Ints:
+    """Which have some light and dark in them."""
+    parts = (thumbnails[start : start + BLOCK] for start in range(0, len(thumbnails), BLOCK))
+    return np.flatnonzero(np.concatenate([np.empty(0), *(_ycc(part)[..., 0].std(axis=1) for part in parts)]) >= FLAT)
 
 
 def _places() -> Iterator[tuple[int, int]]:

@@ -33,6 +33,11 @@ SCHEMA = pa.schema(
         _field("split", pa.string(), "train, val or test; null for what is excluded or an error"),
         _field("fold", pa.int32(), "cross-validation fold of a train or val photo, from 0, where folds were asked for"),
         _field(
+            "dealt",
+            pa.string(),
+            "the split, or split/fold, that it or a duplicate of it has or last had: where it goes back to",
+        ),
+        _field(
             "group", pa.string(), "the same for duplicates and near duplicates: their least sha256, 16 digits of it"
         ),
         _field("odd", pa.list_(pa.string()), "what is unusual about it in this set: size, aspect, blurry"),
@@ -54,7 +59,7 @@ SCHEMA = pa.schema(
 )
 """Every column of the index; their descriptions stand in the file's schema, too."""
 
-DECIDED = ("excluded", "split", "fold", "group", "odd")
+DECIDED = ("excluded", "split", "fold", "dealt", "group", "odd")
 """The columns that the set decides. A file alone decides the others."""
 FACTS = pa.schema([field for field in SCHEMA if field.name not in DECIDED])
 
@@ -116,7 +121,15 @@ def known_facts(earlier: Index, images: Storage, entries: Sequence[Entry]) -> tu
     table = earlier.table.filter(pc.invert(again)).select(FACTS.names)
     place = pc.index_in(_version(listed), _version(table))
     fresh = [entry for entry, new in zip(entries, pc.is_null(place).to_pylist(), strict=True) if new]
-    return table.take(place.drop_null()), fresh
+    known = table.take(place.drop_null())
+    labels = [label_of(uri[len(images.uri) + 1 :]) for uri in known["uri"].to_pylist()]  # another root, another label
+    return known.set_column(FACTS.get_field_index("label"), FACTS.field("label"), pa.array(labels, pa.string())), fresh
+
+
+def label_of(key: str) -> str | None:
+    """The class a key says: its first folder. A file in no folder has none."""
+    folder, separator, _ = key.partition("/")
+    return (folder if separator else None) or None
 
 
 def _version(files: pa.Table) -> pa.ChunkedArray:
@@ -164,4 +177,4 @@ def check_leaks(table: pa.Table, uri: str) -> None:
         if len(torn):
             where = used.filter(pc.equal(used[what], pc.min(torn))).select(["uri", side]).to_pylist()
             said = ", ".join(f"{row['uri']} ({row[side]})" for row in where[:4])
-            raise LeakError(uri, f"{len(torn)} duplicates stand in two {side}s: {said}; run prepare again")
+            raise LeakError(uri, f"{len(torn)} duplicates stand in two {side}s: {said}; prepare into another --out")

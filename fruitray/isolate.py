@@ -84,9 +84,7 @@ class Isolated:
 
     def _call(self, data: bytes, following: bytes | ImageError | None) -> dict[str, Any]:
         answer = self._ask(data, following)
-        if (
-            answer.get("code") == "E_DECODE_CRASH"
-        ):  # perhaps another's doing: earlier photos' leaks, a kill from outside
+        if answer.get("code") == "E_DECODE_CRASH":  # perhaps another's doing: leaks of earlier photos, a kill
             answer = self._ask(data, None)  # of a fresh child
         if "bug" in answer:
             raise RuntimeError(f"{self.function} failed in its process\n{answer['bug']}")
@@ -107,10 +105,7 @@ class Isolated:
             raise
         if answer is None:
             answer = self._cause_of_death(child)
-        if answer.get("code") in (
-            "E_TIMEOUT",
-            "E_DECODE_CRASH",
-        ):  # it is dead, or so short of memory that it may as well
+        if answer.get("code") in ("E_TIMEOUT", "E_DECODE_CRASH"):  # it is dead, or as good as
             self.close()
         return answer
 

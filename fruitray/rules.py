@@ -23,9 +23,12 @@ REASONS = {
 Bools = NDArray[np.bool_]
 
 
-def wrong_size(photos: pa.Table, rule: str) -> Bools:
-    """(N,) whether the rule `any`, `majority` or `WIDTHxHEIGHT` leaves a photo out."""
-    wanted = majority_size(photos) if rule == "majority" else parse_size(rule)
+def wrong_size(photos: pa.Table, rule: str, used: pa.Table) -> Bools:
+    """(N,) whether the rule `any`, `majority` or `WIDTHxHEIGHT` leaves a photo out.
+
+    Where an earlier index `used` photos, the majority is theirs: a grown folder does not change it.
+    """
+    wanted = majority_size(used if used.num_rows else photos) if rule == "majority" else parse_size(rule)
     if wanted is None:
         return np.zeros(photos.num_rows, dtype=bool)
     width, height = wanted

@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,10 @@ MAX_SUMS = 2**31
 little."""
 
 
+NAMED = 10
+"""Classes that an error names at most."""
+
+
 @dataclass(slots=True)
 class Group:
     """Photos that must stand on one side: duplicates of one another, or a single photo."""
@@ -46,14 +51,20 @@ class Group:
     """The earlier index's, then the decided one."""
     fold: int | None = None
 
+    @property
+    def seat(self) -> str | None:
+        """Split, and fold after a slash where there is one: the index's `dealt`."""
+        return self.split if self.fold is None else f"{self.split}/{self.fold}"
+
 
 def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = None) -> pa.Table:
     """The index (`index.SCHEMA`, sorted by URI) of files whose `facts` (`index.FACTS`) are known.
 
     With an `earlier` index each content keeps its split and fold, and new ones are placed so that the fractions hold.
+    Whether every class came into every split is `require_splits`'s to say.
 
     Raises:
-        UsageError: fewer than two classes, or a class that cannot stand in every split or fold; with the counts.
+        UsageError: a class has too few photos for the folds; with the count.
     """
     facts = facts.sort_by("uri")
     (usable,) = np.nonzero(pc.and_(pc.equal(facts["status"], "ok"), pc.is_valid(facts["label"])).to_numpy())
@@ -64,9 +75,7 @@ def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = No
     table = facts.append_column("odd", odd_ones(facts))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, SCHEMA.field(name).type))
-    table = table.select(SCHEMA.names).cast(SCHEMA)
-    require_splits(table, config)
-    return table
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _spread(values: Objects, places: Ints, length: int) -> Objects:
@@ -79,15 +88,15 @@ def _spread(values: Objects, places: Ints, length: int) -> Objects:
 def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -> dict[str, Objects]:
     """The columns excluded, group, split and fold of readable, labelled photos."""
     labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-    used = _with_folds(earlier.filter(pc.is_valid(earlier["split"])), config.folds)
-    was = used.take(pc.index_in(photos["sha256"], used["sha256"]))
+    used = earlier.filter(pc.is_valid(earlier["split"]))
+    was = _seats(photos, earlier, config.folds)
     duplicates = find_duplicates(photos, config.near_duplicates)
     conflict = duplicates.conflicts(labels)
     leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))  # left out once, left out for good
     leak = pc.is_in(photos["sha256"], leaks["sha256"]).to_numpy(zero_copy_only=False)
     leak = leak | _torn(duplicates, conflict | leak, was)
     groups = duplicates.groups(~conflict & ~leak)
-    wrong = wrong_size(photos, config.size)
+    wrong = wrong_size(photos, config.size, used)
     free = ~conflict & ~leak & ~wrong
     known = pc.is_in(_file(photos), _file(used)).to_numpy(zero_copy_only=False)
     spare = spare_copies(photos, duplicates, groups, free, known, config.duplicates)
@@ -100,12 +109,19 @@ def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -
     if config.folds:
         _draw_folds(drawn.values(), config)
     shown = np.where(groups < 0, duplicates.groups(np.ones(len(groups), dtype=bool)) + len(groups), groups)
+    there = [drawn.get(group) for group in groups.tolist()]
+    placed = [group if ok else None for group, ok in zip(there, free.tolist(), strict=True)]
     return {
         "excluded": excluded,
         "group": _group_names(photos["sha256"], shown),
-        "split": np.array([drawn[g].split if ok else None for g, ok in zip(groups, free, strict=True)], dtype=object),
-        "fold": np.array([drawn[g].fold if ok else None for g, ok in zip(groups, free, strict=True)], dtype=object),
+        "split": _objects(group.split if group else None for group in placed),
+        "fold": _objects(group.fold if group else None for group in placed),
+        "dealt": _objects(group.seat if group else seat for group, seat in zip(there, was, strict=True)),
     }
+
+
+def _objects(values: Iterable[Any]) -> Objects:
+    return np.array([*values, None], dtype=object)[:-1]  # never an array of strings
 
 
 def _file(table: pa.Table) -> pa.ChunkedArray:
@@ -113,45 +129,42 @@ def _file(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(table["sha256"], table["uri"], " ")
 
 
-def _with_folds(used: pa.Table, folds: int) -> pa.Table:
-    """An earlier index's rows; without their folds if it had not so many: another number is dealt anew."""
-    if pc.max(used["fold"]).as_py() == folds - 1:
-        return used
-    return used.set_column(used.schema.get_field_index("fold"), "fold", pa.nulls(used.num_rows, pa.int32()))
+def _seats(photos: pa.Table, earlier: pa.Table, folds: int) -> list[str | None]:
+    """(N,) the split that each content was dealt before, and the fold after a slash; without it if the `earlier` index
+    had not so many: another number of folds is dealt anew."""
+    dealt = earlier.filter(pc.is_valid(earlier["dealt"]))
+    seats = dealt["dealt"]
+    if pc.max(dealt["fold"]).as_py() != folds - 1:
+        seats = pc.replace_substring_regex(seats, "/.*", "")
+    found: list[str | None] = seats.take(pc.index_in(photos["sha256"], dealt["sha256"])).to_pylist()
+    return found
 
 
-def _torn(duplicates: Duplicates, out: Bools, was: pa.Table) -> Bools:
+def _torn(duplicates: Duplicates, out: Bools, was: Sequence[str | None]) -> Bools:
     """(N,) new photos, not of those `out`, that would join groups which an earlier index put into different splits or
     folds; and all of a group that is torn without them."""
-    place = pc.binary_join_element_wise(
-        was["split"], pc.cast(was["fold"], pa.string()), "/", null_handling="replace", null_replacement="-"
-    )
-    side = np.where(pc.is_valid(was["split"]), place.combine_chunks().dictionary_encode().indices, -1)
+    old = np.array([seat is not None for seat in was], dtype=bool)
     leak = np.zeros(len(out), dtype=bool)
-    for new in (side < 0, np.ones(len(side), dtype=bool)):
+    for new in (~old, np.ones(len(out), dtype=bool)):
         groups = duplicates.groups(~out & ~leak)
-        placed = (side >= 0) & (groups >= 0)
-        sides: dict[int, set[int]] = defaultdict(set)
-        for group, where in zip(groups[placed].tolist(), side[placed].tolist(), strict=True):
-            sides[group].add(where)
-        leak |= new & np.isin(groups, [group for group, where in sides.items() if len(where) > 1])
+        seats: dict[int, set[str | None]] = defaultdict(set)
+        for place in np.flatnonzero(old & (groups >= 0)).tolist():
+            seats[int(groups[place])].add(was[place])
+        leak |= new & np.isin(groups, [group for group, found in seats.items() if len(found) > 1])
     return leak
 
 
-def _groups(photos: pa.Table, groups: Ints, free: Bools, was: pa.Table) -> dict[int, Group]:
-    """Each group that has photos to place, by its number, with the split and fold that an earlier index gave it."""
+def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Sequence[str | None]) -> dict[int, Group]:
+    """Each group that has photos to place, by its number, where an earlier index put it."""
     found: dict[int, Group] = {}
-    columns = (
-        photos["label"].to_pylist(),
-        photos["sha256"].to_pylist(),
-        was["split"].to_pylist(),
-        was["fold"].to_pylist(),
-    )
-    for number, ok, label, sha256, split, fold in zip(groups.tolist(), free.tolist(), *columns, strict=True):
+    columns = (photos["label"].to_pylist(), photos["sha256"].to_pylist(), was)
+    for number, ok, label, sha256, seat in zip(groups.tolist(), free.tolist(), *columns, strict=True):
         group = found.setdefault(number, Group(label, 0, sha256))
         group.size += ok
         group.key = min(group.key, sha256)
-        group.split, group.fold = group.split or split, fold if group.fold is None else group.fold
+        if seat:
+            group.split, _, fold = seat.partition("/")
+            group.fold = int(fold) if fold else None
     return {number: group for number, group in found.items() if group.size}
 
 
@@ -171,11 +184,13 @@ def _draw_splits(groups: Iterable[Group], config: PrepareConfig) -> None:
     classes = _by_class(groups, config.seed, "split")
     counts = {label: sum(group.size for group in members) for label, members in classes.items()}
     for split, fraction in {"test": config.test_fraction, "val": config.val_fraction}.items():
+        later = {"train", "val"} - {split}
         for label, quota in quotas(counts, fraction).items():
             there = sum(group.size for group in classes[label] if group.split == split)
             free = [group for group in classes[label] if group.split is None]
-            places = fill([group.size for group in free], quota - there)
-            if quota and not there and not places and len(free) > 1:  # all are larger: too many rather than none
+            spare = max(0, len(free) - len(later - {group.split for group in classes[label]}))
+            places = fill([group.size for group in free], quota - there)[:spare]
+            if quota and not there and not places and spare:  # all are larger: too many rather than none
                 places = [min(range(len(free)), key=lambda place: free[place].size)]
             for place in places:
                 free[place].split = split
@@ -253,14 +268,20 @@ def _draw_folds(groups: Iterable[Group], config: PrepareConfig) -> None:
             totals[group.fold] += group.size
 
 
-def require_splits(table: pa.Table, config: PrepareConfig) -> None:
+def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = False) -> None:
     """Raise `UsageError`, with the counts, unless there are two classes at least and every class is in every split."""
     splits = ["train", "val", *(["test"] if config.test_fraction else [])]
     labelled = table.filter(pc.is_valid(table["label"]))
     count = Counter(zip(labelled["label"].to_pylist(), labelled["split"].to_pylist(), strict=True))
     labels = sorted({label for label, _ in count})
-    said = ", ".join(f"{label}: {' + '.join(f'{count[label, split]} {split}' for split in splits)}" for label in labels)
+    said = [
+        f"{label}: {' + '.join(f'{count[label, split]} {split}' for split in splits)}, {count[label, None]} not usable"
+        for label in labels
+        if len(labels) < 2 or not all(count[label, split] for split in splits)
+    ]
+    found = "; ".join([*said[:NAMED], *([f"and {len(said) - NAMED} more"] if len(said) > NAMED else [])])
     if len(labels) < 2:
-        raise UsageError(f"--images must hold at least two classes, one folder each; found {said or 'none'}")
-    if any(not count[label, split] for label in labels for split in splits):
-        raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {said}")
+        raise UsageError(f"--images must hold at least two classes, one folder each; found {found or 'none'}")
+    if said:
+        why = "; an earlier index's splits stand: prepare into another --out without it" if earlier else ""
+        raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {found}{why}")

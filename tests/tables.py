@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from fruitray.config import PrepareConfig
 from fruitray.index import FACTS
-from fruitray.split import decide
+from fruitray.split import decide, require_splits
 
 Row = dict[str, Any]
 
@@ -63,7 +63,10 @@ def facts(rows: Iterable[Row]) -> pa.Table:
 
 def index_of(rows: Iterable[Row], earlier: pa.Table | None = None, **options: Any) -> pa.Table:
     """What `prepare`, told `options`, decides about `rows`."""
-    return decide(facts(rows), PrepareConfig(images="/p", out="/o", **options), earlier)
+    config = PrepareConfig(images="/p", out="/o", **options)
+    table = decide(facts(rows), config, earlier)
+    require_splits(table, config, earlier=earlier is not None)
+    return table
 
 
 def shuffled(rows: Sequence[Row], seed: int = 0) -> list[Row]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 from ray import ObjectRef
 
-from fruitray.audit import audit, summary
+from fruitray.audit import LINES, audit, summary
 from fruitray.cluster.runtime import (
     beside_driver,
     claim,
@@ -25,13 +25,14 @@ from fruitray.cluster.runtime import (
     require_ours,
     stream_references,
 )
-from fruitray.config import PrepareConfig
+from fruitray.config import PrepareConfig, probe_model
 from fruitray.console import progress, say, show_table
-from fruitray.errors import NoInputError
+from fruitray.errors import NoInputError, UsageError
 from fruitray.images import is_hidden, list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
 from fruitray.isolate import Isolated
-from fruitray.split import decide
+from fruitray.rules import REASONS
+from fruitray.split import decide, require_splits
 from fruitray.storage import Entry
 
 MIN_CHUNK, MAX_CHUNK = 128, 4096
@@ -50,16 +51,27 @@ def run(config: PrepareConfig) -> str:
     if all(is_hidden(entry.key) for entry in images.list()):
         raise NoInputError(images.uri)
     connect()
+    if config.probe:
+        ray.get(beside_driver(_try_probe).remote(config))
     found = ray.get(beside_driver(_finish).remote(config, *_look(config)))
     _show(found)
+    if "refused" in found:
+        raise UsageError(found["refused"])
     if config.show_augment:
         ray.get(beside_driver(_draw_augmentation).remote(config))
         say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {out.uri_of(SHEET)}")
     if config.probe:
         from fruitray.cluster.suspects import find_suspects  # on use: it needs torch
 
-        find_suspects(config, config.probe)
+        find_suspects(config)
     return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
+
+
+def _try_probe(config: PrepareConfig) -> None:
+    """Raise what is wrong with the probe before the photos are read for it."""
+    from fruitray.backbones import build  # on use: it needs torch
+
+    build(probe_model(config), classes=2)
 
 
 def _earlier(config: PrepareConfig) -> Index | None:
@@ -72,10 +84,13 @@ def _earlier(config: PrepareConfig) -> Index | None:
 
 def _look(config: PrepareConfig) -> tuple[list[ObjectRef], dict[str, int]]:
     """References to tables of `FACTS`, known or new, about every file in no particular order, and counts of files."""
-    first, known, *fresh = beside_driver(_list).remote(config)
-    counts, facts = ray.get(first), [known]
+    listing = list(beside_driver(_list).remote(config))
+    counts = ray.get(listing[:2])[0]  # of both, as listing may fail between them
+    facts, fresh = listing[1:2], listing[2:]
+    if not fresh:
+        return facts, counts
     with progress("prepare", counts["read"], "photos") as advance:
-        for references, rows in stream_references(fresh, _audit_chunk) if fresh else ():
+        for references, rows in stream_references(fresh, _audit_chunk):
             facts += references
             advance(rows)
     return facts, counts
@@ -83,6 +98,7 @@ def _look(config: PrepareConfig) -> tuple[list[ObjectRef], dict[str, int]]:
 
 def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table]:
     """How many files are to be read, and how many hidden; what is known of the others; those to read, in chunks."""
+    require_ours(open_output(config.out), "prepare", config)
     images, earlier = open_input(config.images), _earlier(config)
     entries, skipped = list_images(images)
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
@@ -106,12 +122,16 @@ def _isolated() -> Isolated:
 
 
 def _finish(config: PrepareConfig, facts: list[ObjectRef], counts: dict[str, int]) -> dict[str, Any]:
-    """Decide, write, and answer what is to be shown."""
+    """Decide, write, and answer what is to be shown; `refused` says why there is only `audit.json` and no index."""
     images, out, earlier = open_input(config.images), open_output(config.out), _earlier(config)
     table = decide(pa.concat_tables(ray.get(facts)), config, earlier.table if earlier else None)
-    claim(out, "prepare", config)
-    write_index(out, table, images.uri)
     found = summary(table) | counts
+    try:
+        require_splits(table, config, earlier=earlier is not None)
+        claim(out, "prepare", config)
+        write_index(out, table, images.uri)
+    except UsageError as error:
+        found["refused"] = error.message
     out.write("audit.json", json.dumps(found, indent=2).encode())
     return found
 
@@ -135,15 +155,16 @@ def _draw_augmentation(config: PrepareConfig) -> None:
 
 def _show(found: dict[str, Any]) -> None:
     say(f"{found['files']:,} files, {found['read']:,} read now; hidden files skipped: {found['skipped_hidden']}")
-    show_table("photos by class and split", found["classes"])
+    show_table("photos by class and split", found["classes"], at_most=LINES)
     for title, name in {
         "photos by size": "sizes",
         "photos by mode (L: grey)": "modes",
         "unusual photos": "odd",
         "unreadable files": "errors",
-        "left out, by rule": "excluded",
     }.items():
-        show_table(title, found[name], at_most=SHOWN)
+        show_table(title, [_narrow(line) for line in found[name]], at_most=SHOWN)
+    excluded = [_narrow(line) | {"why": REASONS[line["excluded"]]} for line in found["excluded"]]
+    show_table("left out, by rule", excluded)
     say(
         f"duplicates: {found['exact_duplicate_files']} copies in {found['exact_duplicate_groups']} groups of the same "
         f"bytes; {found['near_duplicate_photos']} photos in {found['near_duplicate_groups']} groups that nearly are; "
@@ -154,6 +175,12 @@ def _show(found: dict[str, Any]) -> None:
         for group in found["duplicate_groups"]
     ]
     show_table("groups of duplicates", lines, at_most=SHOWN)
+
+
+def _narrow(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a table by class, without the classes where they are too many for a screen."""
+    name = next(iter(line))
+    return line if len(line) <= SHOWN else {name: line[name], "all": line["all"]}
 
 
 def _names(files: list[dict[str, str]]) -> list[str]:

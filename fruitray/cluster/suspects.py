@@ -9,7 +9,7 @@ import ray
 
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import beside_driver, open_output
-from fruitray.config import ModelConfig, PrepareConfig
+from fruitray.config import PrepareConfig, probe_model
 from fruitray.console import say, show_table
 from fruitray.features import features_key, read_features
 from fruitray.index import read_index
@@ -20,20 +20,23 @@ TRUSTED = 2 / 3
 """A probe that agrees with fewer of the labels says little about any of them."""
 
 
-def find_suspects(config: PrepareConfig, backbone: str) -> None:
+def find_suspects(config: PrepareConfig) -> None:
     """Rank the labels of the index in `config.out` by how little the probe believes them; show the first ones."""
     out, index = open_output(config.out), read_index(config.out)
-    model = ModelConfig(backbone=backbone, weights=config.weights, image_size=config.image_size, frozen=True)
-    package = initial_model(out, model, index.classes, config.seed)
+    package = initial_model(out, probe_model(config), index.classes, config.seed)
     ensure_features(config.out, index, package, "none", gpu=config.gpu)
     key = features_key(index, package.model, "none")
-    facts = {"backbone": backbone, "weights": package.description["initial_weights"]["sha256"], "index": index.sha256}
+    facts = {
+        "backbone": config.probe,
+        "weights": package.description["initial_weights"]["sha256"],
+        "index": index.sha256,
+    }
     found = ray.get(beside_driver(_rank).remote(config.out, key, facts, config.seed))
     show_table("labels to look at", found["first"])
     trust = "" if found["agrees"] >= TRUSTED else "; too few for this list to mean much"
     say(
         f"the probe agrees with {found['agrees']:.1%} of the labels{trust}; {found['likely_wrong']:,} are likely "
-        f"wrong; all are ranked in {out.uri_of(FILE)}"
+        f"wrong; those of train and val are ranked in {out.uri_of(FILE)}"
     )
 
 

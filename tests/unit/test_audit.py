@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from fruitray.audit import audit, crosstab, label_of, majority_size, odd_ones, sizes, summary
+from fruitray.audit import audit, crosstab, majority_size, odd_ones, sizes, summary
 from fruitray.config import PrepareConfig
 from fruitray.images import list_images
-from fruitray.index import FACTS
+from fruitray.index import FACTS, label_of
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
 from fruitray.split import decide
@@ -81,7 +81,14 @@ def test_a_file_that_cannot_be_had_gets_its_row_too(storage: LocalStorage, isola
 
 
 @pytest.mark.parametrize(
-    ("key", "label"), [("apple/1.jpg", "apple"), ("apple/old/1.jpg", "apple"), ("1.jpg", None), (" a b/1.jpg", " a b")]
+    ("key", "label"),
+    [
+        ("apple/1.jpg", "apple"),
+        ("apple/old/1.jpg", "apple"),
+        ("1.jpg", None),
+        (" a b/1.jpg", " a b"),
+        ("/1.jpg", None),
+    ],
 )
 def test_the_first_folder_is_the_label(key: str, label: str | None) -> None:
     assert label_of(key) == label

@@ -43,11 +43,15 @@ def looked_at(*files: bytes) -> pa.Table:
     return facts({**row, "thumbnail": bytes.fromhex(row["thumbnail"])} for row in rows)
 
 
+def pairs_of(found: Duplicates) -> list[list[int]]:
+    return [pair for block in found.near() for pair in block.tolist()]
+
+
 def pairs(found: Duplicates) -> set[tuple[int, int]]:
     """The near duplicates as positions, where no file is there twice."""
     place = {content: position for position, content in enumerate(found.content.tolist())}
     assert len(place) == len(found.content)
-    return {(min(place[a], place[b]), max(place[a], place[b])) for a, b in found.pairs.tolist()}
+    return {(min(place[a], place[b]), max(place[a], place[b])) for a, b in pairs_of(found)}
 
 
 def missed_and_wrong(images: list[Image.Image]) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
@@ -137,12 +141,12 @@ def test_byte_identical_files_are_one_content(bits: int) -> None:
     content = found.content.tolist()
     assert content[0] == content[2] == content[4]
     assert len(set(content)) == 3
-    assert found.pairs.tolist() == []
+    assert not pairs_of(found)
 
 
 def test_no_photos_have_no_duplicates() -> None:
     found = find_duplicates(facts([]), bits=8)
-    assert (len(found.content), len(found.pairs)) == (0, 0)
+    assert (len(found.content), pairs_of(found)) == (0, [])
     assert found.groups(np.zeros(0, dtype=bool)).tolist() == []
     assert found.conflicts(np.zeros(0, dtype=np.int64)).tolist() == []
 
@@ -173,7 +177,7 @@ def test_the_search_finds_the_pairs_that_comparing_all_finds(numbers: list[int],
         patch.setattr(duplicates, "CANDIDATES", at_a_time)
         found = find_duplicates(facts(rows), bits)
     assert pairs(found) == set(duplicate_pairs(rows, bits))
-    assert len(found.pairs) == len(pairs(found))
+    assert len(pairs_of(found)) == len(pairs(found))
 
 
 @pytest.mark.parametrize("bits", range(MAX_BITS + 1))
@@ -195,10 +199,15 @@ FILES = st.lists(
 
 
 @settings(deadline=None, max_examples=100)
-@given(FILES)
-def test_photos_are_grouped_by_chains_of_duplicates(files: list[tuple[str, int, int]]) -> None:
+@given(FILES, st.sampled_from([0, duplicates.KEPT]))
+def test_photos_are_grouped_by_chains_of_duplicates(files: list[tuple[str, int, int]], kept: int) -> None:
+    """Whether pairs are kept or searched anew."""
     rows = [photo(*file) for file in files]
-    groups = find_duplicates(facts(rows), bits=8).groups(np.ones(len(rows), dtype=bool)).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "KEPT", kept)
+        found = find_duplicates(facts(rows), bits=8)
+    groups = found.groups(np.ones(len(rows), dtype=bool)).tolist()
+    assert groups == find_duplicates(facts(rows), bits=8).groups(np.ones(len(rows), dtype=bool)).tolist()
     least = components(len(rows), duplicate_pairs(rows))
     assert [[one == other for other in groups] for one in groups] == [
         [one == other for other in least] for one in least

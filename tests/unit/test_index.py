@@ -300,6 +300,14 @@ def test_new_and_changed_files_are_read_and_deleted_ones_forgotten() -> None:
     assert found == facts([same, *KNOWN[4:]]).to_pylist()
 
 
+def test_another_root_gives_other_labels() -> None:
+    earlier = Index(index_of([row | {"uri": f"/p/more/{row['uri'][3:]}"} for row in KNOWN]), "/p/more", "")
+    entries = [Entry(f"more/{row['uri'][3:]}", row["bytes"], row["etag"]) for row in KNOWN]
+    known, fresh = known_facts(earlier, LocalStorage("/p"), entries)
+    assert not fresh
+    assert known["label"].to_pylist() == ["more"] * len(KNOWN)
+
+
 def test_the_same_key_below_another_root_is_another_file() -> None:
     index = Index(index_of(KNOWN), "/p", "")
     table, fresh = known_facts(index, LocalStorage("/q"), [entry(row) for row in KNOWN])

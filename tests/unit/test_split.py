@@ -444,6 +444,45 @@ def test_however_a_folder_changes_no_photo_moves(
     assert again == later
 
 
+def test_what_was_left_out_for_a_while_goes_back_to_its_split() -> None:
+    """A wrong copy in another class comes, and is deleted again, while the folder grows."""
+    first = index_of([*singles("apple", 60), *singles("pear", 60)], folds=3)
+    wrong = [row | {"label": "pear", "uri": f"{row['uri']} too"} for row in singles("apple", 20)]
+    second = index_of([*singles("apple", 70), *singles("pear", 70), *wrong], first, folds=3)
+    assert second["excluded"].to_pylist().count("conflict") == 40
+    third = index_of([*singles("apple", 80), *singles("pear", 80)], second, folds=3)
+    assert None not in third["split"].to_pylist()
+    assert moved(first, third) == []
+
+
+def test_a_near_copy_takes_the_place_of_the_deleted_photo_that_stood_for_it() -> None:
+    pairs = [photo("apple", look, change, length=2 - change) for look in range(40) for change in (0, 1)]
+    first = index_of([*pairs, *singles("pear", 40)], duplicates="keep-first")
+    second = index_of([*pairs[1::2], *singles("pear", 40)], first, duplicates="keep-first")
+    by_look = {row["thumbnail"]: row["split"] for row in _used(first)}
+    assert len(_used(second)) == len(_used(first)) == 80
+    assert all(by_look[row["thumbnail"]] == row["split"] for row in _used(second))
+
+
+def _used(table: pa.Table) -> list[Row]:
+    return [row for row in table.to_pylist() if row["split"]]
+
+
+def test_the_majority_stays_what_it_was() -> None:
+    old = [*singles("apple", 20), *singles("pear", 20)]
+    new = [row | {"width": 500} for row in (*singles("apple", 50, start=20), *singles("pear", 50, start=20))]
+    first = index_of(old, size="majority")
+    second = index_of([*old, *new], first, size="majority")
+    assert moved(first, second) == []
+    assert second["excluded"].to_pylist().count("size") == 100
+
+
+def test_a_class_of_three_groups_stands_in_three_splits() -> None:
+    kiwis = [photo("kiwi", 1), photo("kiwi", 2), *(photo("kiwi", 3, 1 << bit) for bit in range(6))]
+    index = index_of([*BASE, *kiwis], test_fraction=0.2)
+    assert sorted(counts(index)["kiwi"]) == ["test", "train", "val"]
+
+
 def test_a_folder_that_did_not_change_has_the_same_index() -> None:
     rows = [*BASE, *COPIES, photo("apple", 3), photo("pear", 3), photo(None, 4), broken("pear", "bad.jpg")]
     earlier = index_of(rows, folds=3)
@@ -559,11 +598,12 @@ def test_another_number_of_folds_is_dealt_evenly(before: int, after: int) -> Non
         pytest.param([], {}, ["two classes", "found none"], id="nothing"),
         pytest.param([photo(None, 1), photo(None, 2)], {}, ["two classes", "found none"], id="no folders"),
         pytest.param(singles("apple", 9), {}, ["two classes", "apple: 7 train + 2 val"], id="one class"),
+        pytest.param([*BASE, photo("kiwi", 1)], {}, ["kiwi: 1 train + 0 val, 0 not usable"], id="a single photo"),
         pytest.param(
-            [*BASE, photo("kiwi", 1)], {}, ["kiwi: 0 train + 1 val", "apple: 10 train + 2 val"], id="a single photo"
-        ),
-        pytest.param(
-            [*BASE, broken("kiwi", "1.jpg")], {}, ["kiwi: 0 train + 0 val", "pear: "], id="a class of unreadable files"
+            [*BASE, broken("kiwi", "1.jpg")],
+            {},
+            ["kiwi: 0 train + 0 val, 1 not usable"],
+            id="a class of unreadable files",
         ),
         pytest.param(
             [*BASE, *(photo("kiwi", 1, uri=f"kiwi/{copy}.jpg") for copy in range(4))],
@@ -574,13 +614,13 @@ def test_another_number_of_folds_is_dealt_evenly(before: int, after: int) -> Non
         pytest.param(
             [*BASE, *(row | {"label": "kiwi", "uri": f"{row['uri']} too"} for row in BASE[:12])],
             {},
-            ["apple: 0 train + 0 val", "kiwi: 0 train + 0 val", "pear: 9 train + 3 val"],
+            ["apple: 0 train + 0 val, 12 not usable", "kiwi: 0 train + 0 val, 12 not usable"],
             id="two names for one class",
         ),
         pytest.param(
             [*BASE, photo("kiwi", 1), photo("kiwi", 2)],
             {"test_fraction": 0.2},
-            ["train, val and test", "kiwi: 0 train + 1 val + 1 test"],
+            ["train, val and test", "kiwi: 1 train + 1 val + 0 test"],
             id="too few for a test, too",
         ),
         pytest.param(
