@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
 from fruitray.predictor import Prediction
 from fruitray.storage import Entry, Storage
+from fruitray.tables import parquet
 
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
 
@@ -93,7 +94,7 @@ def write_plan(out: Storage, settings: dict[str, Any], entries: Sequence[Entry],
     """
     columns = {name: [getattr(entry, name) for entry in entries] for name in ("key", "size", "etag", "kind")}
     shards = [row // shard_rows for row in range(len(entries))]
-    data = _parquet(pa.table({"shard": shards, **columns}, _INPUTS_SCHEMA))
+    data = parquet(pa.table({"shard": shards, **columns}, _INPUTS_SCHEMA))
     inputs = _inputs_key(data)
     out.create(inputs, data)
     plan = Plan(
@@ -191,7 +192,7 @@ def commit(
     ]
     schema = SCHEMA.with_metadata({"fruitray.plan": plan.hash, "fruitray.shard": str(shard)})
     key = part_key(shard)
-    if _create(out, plan, key, _parquet(pa.Table.from_pylist(rows, schema))):
+    if _create(out, plan, key, parquet(pa.Table.from_pylist(rows, schema))):
         return True
     standing = _open(out.uri_of(key), out.read(key))
     _require_shard(out.uri_of(key), standing, plan, shard, uris, etags)
@@ -307,13 +308,6 @@ def _create(out: Storage, plan: Plan, key: str, data: bytes) -> bool:
     if not plan.created_atomically and out.exists(key):
         return False
     return out.create(key, data)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def _json(value: Any) -> bytes:

@@ -14,54 +14,48 @@ import pyarrow.parquet as pq
 from fruitray.errors import LeakError, NoInputError, OutputConflictError
 from fruitray.facts import THUMBNAIL, VERSION
 from fruitray.storage import Entry, Storage, open_file, open_storage
+from fruitray.tables import field, parquet
 
 FILE = "index.parquet"
 
-
-def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"description": description})
-
-
 SCHEMA = pa.schema(
     [
-        _field("uri", pa.string(), "where the file lies"),
-        _field("label", pa.string(), "its class: the first folder below the images' root; null for a file in none"),
-        _field("status", pa.string(), "ok: a photo; error: not to be decoded, see error_code"),
-        _field("error_code", pa.string(), "one of fruitray.images.CODES"),
-        _field("error", pa.string(), "what error_code means, and what is known of this file"),
-        _field("excluded", pa.string(), "why a photo is in no split: one of fruitray.rules.REASONS"),
-        _field("split", pa.string(), "train, val or test; null for what is excluded or an error"),
-        _field("fold", pa.int32(), "cross-validation fold of a train or val photo, from 0, where folds were asked for"),
-        _field(
+        field("uri", pa.string(), "where the file lies"),
+        field("label", pa.string(), "its class: the first folder below the images' root; null for a file in none"),
+        field("status", pa.string(), "ok: a photo; error: not to be decoded, see error_code"),
+        field("error_code", pa.string(), "one of fruitray.images.CODES"),
+        field("error", pa.string(), "what error_code means, and what is known of this file"),
+        field("excluded", pa.string(), "why a photo is in no split: one of fruitray.rules.REASONS"),
+        field("split", pa.string(), "train, val or test; null for what is excluded or an error"),
+        field("fold", pa.int32(), "cross-validation fold of a train or val photo, from 0, where folds were asked for"),
+        field(
             "dealt",
             pa.string(),
             "the split, or split/fold, that it or a duplicate of it has or last had: where it goes back to",
         ),
-        _field(
-            "group", pa.string(), "the same for duplicates and near duplicates: their least sha256, 16 digits of it"
-        ),
-        _field("odd", pa.list_(pa.string()), "what is unusual about it in this set: size, aspect, blurry"),
-        _field("format", pa.string(), "JPEG, PNG or WEBP, by content"),
-        _field("mode", pa.string(), "Pillow's mode in the file: RGB, L (grey), CMYK, P, RGBA, ..."),
-        _field("width", pa.int32(), "pixels, after EXIF rotation"),
-        _field("height", pa.int32(), "pixels, after EXIF rotation"),
-        _field("frames", pa.int32(), "more than 1 where it is animated; the first is used"),
-        _field("orientation", pa.int32(), "EXIF's, 1 to 8; 1 where there is none"),
-        _field("sharpness", pa.float64(), "variance of the Laplacian, of the photo at 1024 pixels at most"),
-        _field("brightness", pa.float64(), "mean luminance, 0 to 1"),
-        _field("color", pa.string(), "dominant colour, #rrggbb"),
-        _field("phash", pa.string(), "64-bit perceptual hash, as hex"),
-        _field("thumbnail", pa.binary(3 * THUMBNAIL**2), f"{THUMBNAIL} x {THUMBNAIL} pixels RGB, row by row"),
-        _field("bytes", pa.int64(), "size of the file"),
-        _field("sha256", pa.string(), "of the file's bytes"),
-        _field("etag", pa.string(), "the storage's name for this version of the file"),
+        field("group", pa.string(), "the same for duplicates and near duplicates: their least sha256, 16 digits of it"),
+        field("odd", pa.list_(pa.string()), "what is unusual about it in this set: size, aspect, blurry"),
+        field("format", pa.string(), "JPEG, PNG or WEBP, by content"),
+        field("mode", pa.string(), "Pillow's mode in the file: RGB, L (grey), CMYK, P, RGBA, ..."),
+        field("width", pa.int32(), "pixels, after EXIF rotation"),
+        field("height", pa.int32(), "pixels, after EXIF rotation"),
+        field("frames", pa.int32(), "more than 1 where it is animated; the first is used"),
+        field("orientation", pa.int32(), "EXIF's, 1 to 8; 1 where there is none"),
+        field("sharpness", pa.float64(), "variance of the Laplacian, of the photo at 1024 pixels at most"),
+        field("brightness", pa.float64(), "mean luminance, 0 to 1"),
+        field("color", pa.string(), "dominant colour, #rrggbb"),
+        field("phash", pa.string(), "64-bit perceptual hash, as hex"),
+        field("thumbnail", pa.binary(3 * THUMBNAIL**2), f"{THUMBNAIL} x {THUMBNAIL} pixels RGB, row by row"),
+        field("bytes", pa.int64(), "size of the file"),
+        field("sha256", pa.string(), "of the file's bytes"),
+        field("etag", pa.string(), "the storage's name for this version of the file"),
     ]
 )
 """Every column of the index; their descriptions stand in the file's schema, too."""
 
 DECIDED = ("excluded", "split", "fold", "dealt", "group", "odd")
 """The columns that the set decides. A file alone decides the others."""
-FACTS = pa.schema([field for field in SCHEMA if field.name not in DECIDED])
+FACTS = pa.schema([column for column in SCHEMA if column.name not in DECIDED])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +90,8 @@ class Index:
 def write_index(storage: Storage, table: pa.Table, images: str) -> None:
     """Write `table` (`SCHEMA`), sorted by URI, as `index.parquet` into `storage`; the same rows give the same bytes."""
     metadata = {"fruitray": json.dumps({"images": images, "version": VERSION})}
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.select(SCHEMA.names).sort_by("uri").cast(SCHEMA.with_metadata(metadata)), sink, compression="zstd"
-    )
-    storage.write(FILE, sink.getvalue().to_pybytes())
+    rows = table.select(SCHEMA.names).sort_by("uri")
+    storage.write(FILE, parquet(rows.cast(SCHEMA.with_metadata(metadata))))
 
 
 def known_facts(earlier: Index, images: Storage, entries: Sequence[Entry]) -> tuple[pa.Table, list[Entry]]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fruitray.errors import UsageError
 from fruitray.storage import Storage
+from fruitray.tables import field, parquet
 
 FILE = "suspects.parquet"
 
@@ -32,20 +32,16 @@ REPEATS = 3
 _Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Row numbers that the probe learns from, and those that it judges."""
 
-
-def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
-    return pa.field(name, kind, nullable=False, metadata={"description": description})
-
-
 SCHEMA = pa.schema(
-    [
-        _field("rank", pa.int32(), "1 is the most suspect; by label_confidence"),
-        _field("uri", pa.string(), "the photo"),
-        _field("label", pa.string(), "the class it is filed under"),
-        _field("suggested", pa.string(), "the class the probe finds most probable; the label where it agrees"),
-        _field("label_confidence", pa.float32(), "probability of `label`, from probes that never saw this photo"),
-        _field("suggested_confidence", pa.float32(), "probability of `suggested`, from the same probes"),
-        _field("likely_wrong", pa.bool_(), "confident learning counts this label among the wrong ones"),
+    column.with_nullable(False)
+    for column in [
+        field("rank", pa.int32(), "1 is the most suspect; by label_confidence"),
+        field("uri", pa.string(), "the photo"),
+        field("label", pa.string(), "the class it is filed under"),
+        field("suggested", pa.string(), "the class the probe finds most probable; the label where it agrees"),
+        field("label_confidence", pa.float32(), "probability of `label`, from probes that never saw this photo"),
+        field("suggested_confidence", pa.float32(), "probability of `suggested`, from the same probes"),
+        field("likely_wrong", pa.bool_(), "confident learning counts this label among the wrong ones"),
     ]
 )
 
@@ -131,9 +127,7 @@ def write_suspects(storage: Storage, table: pa.Table, facts: Mapping[str, Any]) 
     The same table and facts give the same bytes.
     """
     metadata = {"fruitray": json.dumps(facts, sort_keys=True)}
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.cast(SCHEMA).replace_schema_metadata(metadata), sink, compression="zstd")
-    storage.write(FILE, sink.getvalue().to_pybytes())
+    storage.write(FILE, parquet(table.cast(SCHEMA).replace_schema_metadata(metadata)))
 
 
 def _require_enough(classes: NDArray[Any], dense: NDArray[np.int64], groups: NDArray[np.int64]) -> None:
