@@ -82,28 +82,31 @@ def _earlier(config: PrepareConfig) -> Index | None:
     return read_index(config.previous) if config.previous else None
 
 
-def _look(config: PrepareConfig) -> tuple[list[ObjectRef], dict[str, int]]:
-    """References to tables of `FACTS`, known or new, about every file in no particular order, and counts of files."""
+def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, int]]:
+    """References to the earlier index and to tables of `FACTS`, known or new, about every file in no particular order;
+    counts of files."""
     listing = list(beside_driver(_list).remote(config))
-    counts = ray.get(listing[:2])[0]  # of both, as listing may fail between them
-    facts, fresh = listing[1:2], listing[2:]
+    counts = ray.get(listing[:3][-1])  # or, there or earlier, why the listing failed
+    earlier, facts, fresh = listing[0], listing[1:2], listing[3:]
     if not fresh:
-        return facts, counts
+        return earlier, facts, counts
     with progress("prepare", counts["read"], "photos") as advance:
         for references, rows in stream_references(fresh, _audit_chunk):
             facts += references
             advance(rows)
-    return facts, counts
+    return earlier, facts, counts
 
 
-def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table]:
-    """How many files are to be read, and how many hidden; what is known of the others; those to read, in chunks."""
+def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | None]:
+    """The earlier index; what is known of files; how many others are to be read, and how many hidden; those to read, in
+    chunks."""
     require_ours(open_output(config.out), "prepare", config)
     images, earlier = open_input(config.images), _earlier(config)
     entries, skipped = list_images(images)
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
-    yield {"read": len(fresh), "skipped_hidden": skipped}
+    yield earlier.table if earlier else None
     yield known
+    yield {"read": len(fresh), "skipped_hidden": skipped}
     size = min(max(len(fresh) // 64, MIN_CHUNK), MAX_CHUNK)
     for start in range(0, len(fresh), size):
         yield pa.Table.from_pylist([{"root": images.uri, **asdict(entry)} for entry in fresh[start : start + size]])
@@ -121,10 +124,12 @@ def _isolated() -> Isolated:
     return Isolated()
 
 
-def _finish(config: PrepareConfig, facts: list[ObjectRef], counts: dict[str, int]) -> dict[str, Any]:
+def _finish(
+    config: PrepareConfig, earlier: pa.Table | None, facts: list[ObjectRef], counts: dict[str, int]
+) -> dict[str, Any]:
     """Decide, write, and answer what is to be shown; `refused` says why there is only `audit.json` and no index."""
-    images, out, earlier = open_input(config.images), open_output(config.out), _earlier(config)
-    table = decide(pa.concat_tables(ray.get(facts)), config, earlier.table if earlier else None)
+    images, out = open_input(config.images), open_output(config.out)
+    table = decide(pa.concat_tables(ray.get(facts)), config, earlier)
     found = summary(table) | counts
     try:
         require_splits(table, config, earlier=earlier is not None)
