@@ -145,6 +145,8 @@ def _torn(duplicates: Duplicates, out: Bools, was: Sequence[str | None]) -> Bool
     folds; and all of a group that is torn without them."""
     old = np.array([seat is not None for seat in was], dtype=bool)
     leak = np.zeros(len(out), dtype=bool)
+    if not old.any():
+        return leak
     for new in (~old, np.ones(len(out), dtype=bool)):
         groups = duplicates.groups(~out & ~leak)
         seats: dict[int, set[str | None]] = defaultdict(set)
