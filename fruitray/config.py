@@ -135,12 +135,6 @@ class ModelConfig:
         require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
 
 
-def probe_model(config: PrepareConfig) -> ModelConfig:
-    """The network that `prepare --probe` asks."""
-    backbone = config.probe or ""
-    return ModelConfig(backbone=backbone, weights=config.weights, image_size=config.image_size, frozen=True)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
     """How the one training loop trains."""

@@ -25,7 +25,7 @@ from fruitray.cluster.runtime import (
     require_ours,
     stream_references,
 )
-from fruitray.config import PrepareConfig, probe_model
+from fruitray.config import PrepareConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import NoInputError, UsageError
 from fruitray.images import is_hidden, list_images
@@ -52,7 +52,9 @@ def run(config: PrepareConfig) -> str:
         raise NoInputError(images.uri)
     connect()
     if config.probe:
-        ray.get(beside_driver(_try_probe).remote(config))
+        from fruitray.cluster import suspects  # on use: it needs torch
+
+        ray.get(beside_driver(suspects.try_probe).remote(config))
     found = ray.get(beside_driver(_finish).remote(config, *_look(config)))
     _show(found)
     if "refused" in found:
@@ -61,17 +63,8 @@ def run(config: PrepareConfig) -> str:
         ray.get(beside_driver(_draw_augmentation).remote(config))
         say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {out.uri_of(SHEET)}")
     if config.probe:
-        from fruitray.cluster.suspects import find_suspects  # on use: it needs torch
-
-        find_suspects(config)
+        suspects.find_suspects(config)
     return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
-
-
-def _try_probe(config: PrepareConfig) -> None:
-    """Raise what is wrong with the probe before the photos are read for it."""
-    from fruitray.backbones import build  # on use: it needs torch
-
-    build(probe_model(config), classes=2)
 
 
 def _earlier(config: PrepareConfig) -> Index | None:

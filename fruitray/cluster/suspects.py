@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from fruitray.backbones import build
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import beside_driver, open_output
-from fruitray.config import PrepareConfig, probe_model
+from fruitray.config import ModelConfig, PrepareConfig
 from fruitray.console import say, show_table
 from fruitray.features import features_key, read_features
 from fruitray.index import read_index
@@ -20,10 +21,15 @@ TRUSTED = 2 / 3
 """A probe that agrees with fewer of the labels says little about any of them."""
 
 
+def try_probe(config: PrepareConfig) -> None:
+    """Raise what is wrong with the probe before the photos are read for it."""
+    build(_probe_model(config), classes=2)
+
+
 def find_suspects(config: PrepareConfig) -> None:
     """Rank the labels of the index in `config.out` by how little the probe believes them; show the first ones."""
     out, index = open_output(config.out), read_index(config.out)
-    package = initial_model(out, probe_model(config), index.classes, config.seed)
+    package = initial_model(out, _probe_model(config), index.classes, config.seed)
     ensure_features(config.out, index, package, "none", gpu=config.gpu)
     key = features_key(index, package.model, "none")
     facts = {
@@ -38,6 +44,10 @@ def find_suspects(config: PrepareConfig) -> None:
         f"the probe agrees with {found['agrees']:.1%} of the labels{trust}; {found['likely_wrong']:,} are likely "
         f"wrong; those of train and val are ranked in {out.uri_of(FILE)}"
     )
+
+
+def _probe_model(config: PrepareConfig) -> ModelConfig:
+    return ModelConfig(backbone=config.probe or "", weights=config.weights, image_size=config.image_size, frozen=True)
 
 
 def _rank(out: str, key: str, facts: dict[str, Any], seed: int) -> dict[str, Any]:
