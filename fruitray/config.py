@@ -49,6 +49,12 @@ def require_fixed_policy(policy: str, otherwise: str) -> None:
     require(policy in FIXED_AUGMENTATIONS, "augment", policy, rule)
 
 
+def parse_size(rule: str) -> tuple[int, int] | None:
+    """(width, height) of `WIDTHxHEIGHT`, None of another rule."""
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", rule)
+    return (int(sides[1]), int(sides[2])) if sides else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
     """Read every photo once; write the index with a stratified, duplicate-safe split."""
@@ -91,7 +97,7 @@ class PrepareConfig:
     """The augmentation to draw, as for `train`."""
 
     def __post_init__(self) -> None:
-        size = self.size in ("any", "majority") or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size) is not None
+        size = self.size in ("any", "majority") or parse_size(self.size) is not None
         require(size, "size", self.size, "must be any, majority, or WIDTHxHEIGHT in pixels")
         require(-1 <= self.near_duplicates <= 9, "near_duplicates", self.near_duplicates, "must lie between -1 and 9")
         require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1")

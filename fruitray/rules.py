@@ -1,6 +1,5 @@
 """Which photos are left out, and why. The rules are options of `prepare`; what they leave out stays in the index."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fruitray.audit import majority_size
+from fruitray.config import parse_size
 from fruitray.duplicates import Duplicates
 
 REASONS = {
@@ -34,12 +34,6 @@ def wrong_size(photos: pa.Table, rule: str, used: pa.Table) -> Bools:
     width, height = wanted
     fits = pc.and_(pc.equal(photos["width"], width), pc.equal(photos["height"], height))
     return ~np.asarray(fits)
-
-
-def parse_size(rule: str) -> tuple[int, int] | None:
-    """(width, height) of `WIDTHxHEIGHT`, None of another rule."""
-    sides = re.fullmatch(r"(\d+)x(\d+)", rule)
-    return (int(sides[1]), int(sides[2])) if sides else None
 
 
 def spare_copies(
