@@ -86,24 +86,11 @@ def _spread(values: Objects, places: Ints, length: int) -> Objects:
 
 
 def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -> dict[str, Objects]:
-    """The columns excluded, group, split and fold of readable, labelled photos."""
-    labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-    used = earlier.filter(pc.is_valid(earlier["split"]))
+    """The columns excluded, group, split, fold and dealt of readable, labelled photos."""
     was = _seats(photos, earlier, config.folds)
     duplicates = find_duplicates(photos, config.near_duplicates)
-    conflict = duplicates.conflicts(labels)
-    leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))  # left out once, left out for good
-    leak = pc.is_in(photos["sha256"], leaks["sha256"]).to_numpy(zero_copy_only=False)
-    leak = leak | _torn(duplicates, conflict | leak, was)
-    groups = duplicates.groups(~conflict & ~leak)
-    wrong = wrong_size(photos, config.size, used)
-    free = ~conflict & ~leak & ~wrong
-    known = pc.is_in(_file(photos), _file(used)).to_numpy(zero_copy_only=False)
-    spare = spare_copies(photos, duplicates, groups, free, known, config.duplicates)
-    free &= ~spare
-    excluded = np.full(photos.num_rows, None, dtype=object)
-    for reason, holds in {"duplicate": spare, "leak": leak, "conflict": conflict, "size": wrong}.items():
-        excluded[holds] = reason
+    excluded, groups = _leave_out(photos, config, earlier, duplicates, was)
+    free = ~excluded.astype(bool)
     drawn = _groups(photos, groups, free, was)
     _draw_splits(drawn.values(), config)
     if config.folds:
@@ -118,6 +105,26 @@ def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -
         "fold": _objects(group.fold if group else None for group in placed),
         "dealt": _objects(group.seat if group else seat for group, seat in zip(there, was, strict=True)),
     }
+
+
+def _leave_out(
+    photos: pa.Table, config: PrepareConfig, earlier: pa.Table, duplicates: Duplicates, was: Sequence[str | None]
+) -> tuple[Objects, Ints]:
+    """(N,) why a photo is in no split, None for others; (N,) its group, -1 where it conflicts or leaks."""
+    labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    conflict = duplicates.conflicts(labels)
+    leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))  # left out once, left out for good
+    leak = pc.is_in(photos["sha256"], leaks["sha256"]).to_numpy(zero_copy_only=False)
+    leak = leak | _torn(duplicates, conflict | leak, was)
+    groups = duplicates.groups(~conflict & ~leak)
+    used = earlier.filter(pc.is_valid(earlier["split"]))
+    wrong = wrong_size(photos, config.size, used)
+    known = pc.is_in(_file(photos), _file(used)).to_numpy(zero_copy_only=False)
+    spare = spare_copies(photos, duplicates, groups, ~conflict & ~leak & ~wrong, known, config.duplicates)
+    excluded = np.full(photos.num_rows, None, dtype=object)
+    for reason, holds in {"duplicate": spare, "leak": leak, "conflict": conflict, "size": wrong}.items():
+        excluded[holds] = reason
+    return excluded, groups
 
 
 def _objects(values: Iterable[Any]) -> Objects:
