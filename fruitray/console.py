@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
+SHOWN = 10
+"""Lines of a table of which a file has more."""
 
 _OUT = Console(highlight=False, soft_wrap=True)
 

@@ -26,7 +26,7 @@ from fruitray.cluster.runtime import (
     stream_references,
 )
 from fruitray.config import PrepareConfig
-from fruitray.console import progress, say, show_table
+from fruitray.console import SHOWN, progress, say, show_table
 from fruitray.errors import NoInputError, UsageError
 from fruitray.images import is_hidden, list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
@@ -39,8 +39,6 @@ MIN_CHUNK, MAX_CHUNK = 128, 4096
 """Photos per task: few enough to show progress, enough for the driver, which keeps a record per task, to stay small."""
 SHEET, SHEET_SIDE = "augment.png", 160
 """Name of the contact sheet, and pixels of its photos."""
-SHOWN = 10
-"""Lines of a table on the console; `audit.json` has more."""
 
 
 def run(config: PrepareConfig) -> str:

@@ -11,12 +11,11 @@ from fruitray.backbones import build
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import beside_driver, open_output
 from fruitray.config import ModelConfig, PrepareConfig
-from fruitray.console import say, show_table
+from fruitray.console import SHOWN, say, show_table
 from fruitray.features import features_key, read_features
 from fruitray.index import read_index
 from fruitray.suspects import FILE, rank_suspects, suspects_table, write_suspects
 
-SHOWN = 10
 TRUSTED = 2 / 3
 """A probe that agrees with fewer of the labels says little about any of them."""
 
