@@ -8,6 +8,7 @@ import torch
 from fruitray.backbones import pick_device
 from fruitray.errors import ImageError
 from fruitray.images import decode
+from fruitray.memory import keep_freed_memory
 from fruitray.package import Package
 from fruitray.preprocess import stack
 
@@ -38,6 +39,7 @@ class Predictor:
         self._top_k = min(top_k, len(package.classes))
         self._batch_size = batch_size
         self._device = pick_device(gpu=gpu)
+        keep_freed_memory()
         self._model = package.model.to(self._device).eval()
 
     def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:

@@ -1,0 +1,20 @@
+"""How this process keeps its memory."""
+
+import ctypes
+import functools
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST = 2**30
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for the next tensor of that size; where the C library is not glibc, nothing.
+
+    glibc asks the kernel for every tensor above 32 MiB anew, and gives it back as soon as it is freed. The kernel then
+    has to clear each page again: training on a CPU can spend most of its time on that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST)
