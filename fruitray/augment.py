@@ -1,6 +1,6 @@
 """Augmentation: a policy is the names of steps joined by `+`; the pixels' work is done in `transforms.py`.
 
-What a photo gets depends on (seed, epoch, its position among the training photos) alone: all that is random is hashed
+What a photo gets depends on (seed, epoch, its position in the index's pool) alone: all that is random is hashed
 from these, so neither the batch, its order, the worker nor the device matters. Validation photos are never changed.
 """
 
@@ -68,8 +68,8 @@ def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def augment(batch: torch.Tensor, policy: str, seed: int, epoch: int, examples: Numbers) -> torch.Tensor:
     """`batch` (B, 3, H, W) uint8 after all steps of `policy` but those that blend two photos.
 
-    `examples` (B,) are the examples' numbers: with `eightfold`, example 8 * n + v is variant v of training photo n;
-    otherwise example n is training photo n.
+    `examples` (B,) are the examples' numbers: with `eightfold`, example 8 * n + v is variant v of photo n of the pool;
+    otherwise example n is photo n.
     """
     if copies(policy) > 1:
         batch = fixed_variants(batch, *np.divmod(examples, copies(policy)))

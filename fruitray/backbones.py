@@ -1,27 +1,28 @@
-"""The networks: how each is built, what it wants as input, which part of it is the head.
+"""Classifiers: a network with a head of ours, what of it is trained, and how it looks in a table.
 
 A `Classifier` takes raw uint8 squares and normalises them itself, so nobody outside can get that wrong.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
-import torchvision
 from torch import nn
+from torchinfo import summary
 
-from fruitray.config import REPORT_BACKBONES, SCRATCH, ModelConfig, require
-from fruitray.errors import UsageError
+from fruitray.config import ModelConfig
+from fruitray.networks import plan
 from fruitray.preprocess import Preprocessing
-from fruitray.weights import Weights, download, load_all_but_head, load_file, state_hash, timm_pretrained
+from fruitray.weights import Weights
 
 
 class Classifier(nn.Module):
     """A trunk that embeds photos and a head that tells classes: (B, 3, S, S) uint8 -> (B, C) float32 logits.
 
-    The trunk computes in bfloat16 where the device is fast at it; normalisation and the head stay in float32.
+    The trunk computes in bfloat16 where the device is fast at it; normalisation and the head stay in float32. A frozen
+    trunk only ever evaluates: its statistics stay, nothing in it drops out, and there is no backward pass through it.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
@@ -33,6 +34,18 @@ class Classifier(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in the trunk is trained."""
+        return not any(parameter.requires_grad for parameter in self.trunk.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, all but a frozen trunk, or to evaluation."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
 
     def embed(self, photos: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32, what the head sees."""
@@ -51,19 +64,26 @@ def build(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Classifier,
     """A new classifier with `classes` outputs; its random parts are drawn from `seed`: same call, same bits.
 
     Raises:
-        UsageError: no such backbone, or its package is missing.
+        UsageError: no such backbone, or its package is missing, or it does not take this image size.
         WeightsError: the weights cannot be had.
         ModelRejectedError: the weights file is broken or belongs to another network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        plan, weights = _plan(config)
-        head = plan.head(classes, plan.dropout if config.dropout is None else config.dropout)
-    preprocessing = plan.preprocessing
+        planned = plan(config)
+        head = planned.head
+        if config.hidden is not None:
+            head = replace(head, hidden=config.hidden)
+        if config.dropout is not None:
+            head = replace(head, dropout=config.dropout)
+        layers = head.build(classes)
+    preprocessing = planned.preprocessing
     if config.image_size:
         preprocessing = replace(preprocessing, size=config.image_size)
-    model = Classifier(plan.trunk, head, preprocessing)
-    return model.to(memory_format=torch.channels_last), weights
+    if config.crop is not None:
+        preprocessing = replace(preprocessing, crop=config.crop)
+    model = Classifier(planned.trunk, layers, preprocessing)
+    return model.to(memory_format=torch.channels_last), planned.weights
 
 
 def skeleton(config: ModelConfig, classes: int, preprocessing: Preprocessing) -> Classifier:
@@ -75,12 +95,62 @@ def skeleton(config: ModelConfig, classes: int, preprocessing: Preprocessing) ->
 def freeze(model: Classifier) -> None:
     """Leave only the head to train."""
     model.trunk.requires_grad_(False)
+    model.train(model.training)
+
+
+def unfreeze(model: Classifier) -> None:
+    """Train the whole network, however it was frozen."""
+    model.trunk.requires_grad_(True)
+    model.train(model.training)
+
+
+def trained_part(model: Classifier) -> str:
+    """What of `model` is trained, in words for a table."""
+    if not model.frozen:
+        return "whole network"
+    layers = sum(isinstance(module, nn.Linear) for module in model.head.modules())
+    return "last two layers" if layers == 2 else "last layer"
+
+
+def parameter_groups(
+    module: nn.Module, *, learning_rate: float, trunk_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """All parameters, frozen ones too, in groups for an optimizer; biases and normalisation layers do not decay.
+
+    `rate` is a group's share of the peak learning rate: `trunk_rate` below the head of a classifier, else 1.
+    """
+    shares = [(module, 1.0)]
+    if isinstance(module, Classifier):
+        shares = [(module.trunk, trunk_rate), (module.head, 1.0)]
+    groups: list[dict[str, Any]] = []
+    for part, rate in shares:
+        parameters = list(part.parameters())
+        decaying = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim <= 1]
+        for params, decay in ((decaying, weight_decay), (others, 0.0)):
+            groups.append({"params": params, "lr": learning_rate * rate, "weight_decay": decay, "rate": rate})
+    return [group for group in groups if group["params"]]
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(all, trained) parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def layer_summary(model: Classifier) -> str:
+    """A table of layers with output shapes and parameters, and below it the totals, trained and not."""
+    bones = copy.deepcopy(model).to("meta")  # shapes alone: nothing is computed, and `model` stays as it is
+    size = model.preprocessing.size
+    photo = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
+    columns = ("output_size", "num_params", "trainable")
+    table = ""
+    for depth in (3, 2):
+        rows = summary(bones, input_data=photo, device="meta", depth=depth, col_names=columns, col_width=20, verbose=0)
+        table = str(rows).partition("\nTotal mult-adds")[0]  # which misses attention
+        if table.count("\n") < 60:
+            break
+    return table
 
 
 def pick_device(*, gpu: bool) -> torch.device:
@@ -91,131 +161,7 @@ def pick_device(*, gpu: bool) -> torch.device:
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
     cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go: then False
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_is_fast()
+    fast = device.type == "cpu" and cpu_is_fast()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a builder answers: the trunk with its weights, how to make a head, and the defaults."""
-
-    trunk: nn.Module
-    head: Callable[[int, float], nn.Module]
-    dropout: float
-    preprocessing: Preprocessing
-
-
-def _plan(config: ModelConfig) -> tuple[_Plan, Weights]:
-    name = config.backbone
-    if name in SCRATCH:
-        size = config.image_size or 300
-        return (_mlp(size) if name == "mlp" else _cnn(size)), Weights("none", None)
-    if name.startswith("timm/"):
-        return _timm(config)
-    if name in _TORCHVISION_HEADS:
-        return _torchvision(config)
-    known = ", ".join((*REPORT_BACKBONES, "mobilenet_v2", "timm/NAME"))
-    raise UsageError(f"--backbone {name}: no such backbone; there are {known}")
-
-
-def _mlp(size: int) -> _Plan:
-    """The report's perceptron: 270,000-255-3 on 300x300 photos."""
-    trunk = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 255), nn.ReLU())
-    return _Plan(trunk, _linear_head(255), 0.0, _plain(size))
-
-
-def _cnn(size: int) -> _Plan:
-    """The report's network: two 5x5 convolutions with pooling, then 120 and 84 units with two dropout layers."""
-    side = ((size - 4) // 2 - 4) // 2
-    convolutions = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
-    trunk = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * side * side, 120), nn.ReLU())
-    return _Plan(trunk, _two_layer_head(120, 84, first_dropout=True), 0.5, _plain(size))
-
-
-def _plain(size: int) -> Preprocessing:
-    return Preprocessing(size=size, crop=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-
-
-def _linear_head(features: int) -> Callable[[int, float], nn.Module]:
-    return lambda classes, dropout: nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
-
-
-def _two_layer_head(
-    features: int, hidden: int, *, first_dropout: bool = False, standardise: bool = False
-) -> Callable[[int, float], nn.Module]:
-    def make(classes: int, dropout: float) -> nn.Module:
-        before: list[nn.Module] = [nn.LayerNorm(features, elementwise_affine=False)] if standardise else []
-        before += [nn.Dropout(dropout)] if first_dropout else []
-        return nn.Sequential(
-            *before, nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
-        )
-
-    return make
-
-
-_TORCHVISION_HEADS: dict[str, tuple[str, Callable[[int, float], nn.Module], float]] = {
-    "vgg16": ("classifier.6", _two_layer_head(4096, 256), 0.5),
-    "resnet50": ("fc", _two_layer_head(2048, 256), 0.2),
-    "efficientnet_b2": ("classifier", _linear_head(1408), 0.3),
-    "mobilenet_v2": ("classifier", _two_layer_head(1280, 256, first_dropout=True, standardise=True), 0.2),
-}
-"""Name -> (the module that the head replaces, the head, its dropout). The first three as in the report."""
-
-
-def _torchvision(config: ModelConfig) -> tuple[_Plan, Weights]:
-    place, head, dropout = _TORCHVISION_HEADS[config.backbone]
-    official = torchvision.models.get_model_weights(config.backbone).DEFAULT
-    network = torchvision.models.get_model(config.backbone, weights=None)
-    given = official.transforms()
-    preprocessing = Preprocessing(
-        size=given.crop_size[0],
-        crop=given.crop_size[0] / given.resize_size[0],
-        interpolation=given.interpolation.value,
-        mean=tuple(given.mean),
-        std=tuple(given.std),
-    )
-    weights = Weights("none", None)
-    if config.weights == "imagenet":
-        state = download(
-            config.backbone, lambda: official.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        )
-        weights = Weights(official.url, load_all_but_head(network, state, (place,), official.url))
-    elif config.weights != "none":
-        weights, preprocessing = load_file(config, network, (place,), preprocessing)
-    network.set_submodule(place, nn.Identity())
-    return _Plan(network, head, dropout, preprocessing), weights
-
-
-def _timm(config: ModelConfig) -> tuple[_Plan, Weights]:
-    try:
-        import timm
-        import timm.data
-    except ImportError as error:
-        raise UsageError(f"--backbone {config.backbone}: needs timm: pip install timm") from error
-    name = config.backbone.removeprefix("timm/")
-    if name not in timm.list_models() and name not in timm.list_pretrained():
-        raise UsageError(f"--backbone {config.backbone}: timm has no model of this name")
-    if config.weights == "imagenet":
-        network = download(config.backbone, lambda: timm_pretrained(name))
-    else:
-        network = timm.create_model(name, pretrained=False)
-    given = timm.data.resolve_data_config(model=network, use_test_size=True)
-    preprocessing = Preprocessing(
-        size=given["input_size"][1],
-        crop=given["crop_pct"],
-        interpolation="bilinear" if given["interpolation"] == "bilinear" else "bicubic",
-        mean=tuple(given["mean"]),
-        std=tuple(given["std"]),
-    )
-    fits = config.image_size in (None, preprocessing.size) or not network.pretrained_cfg.get("fixed_input_size")
-    require(fits, "image_size", config.image_size, f"{config.backbone} takes {preprocessing.size} and nothing else")
-    weights = Weights("none", None)
-    if config.weights == "imagenet":
-        weights = Weights(f"timm:{name}", state_hash(network.state_dict()))
-    elif config.weights != "none":
-        heads = network.pretrained_cfg["classifier"] or ()
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        weights, preprocessing = load_file(config, network, heads, preprocessing)
-    network.reset_classifier(0)
-    head = _two_layer_head(network.head_hidden_size, 256, first_dropout=True, standardise=True)
-    return _Plan(network, head, 0.2, preprocessing), weights

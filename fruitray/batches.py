@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, Storage
+from fruitray.transforms import Numbers
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,19 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
+class Batch(NamedTuple):
+    """One worker's share of a global batch."""
+
+    inputs: torch.Tensor
+    """(B, 3, S, S) uint8 or (B, D) float32."""
+    labels: torch.Tensor
+    """(B,) int64, or (B, C) float32 shares where the policy blends photos."""
+    together: int
+    """How many examples all workers' shares hold."""
+    examples: torch.Tensor
+    """(B,) int64, on the CPU: the examples' numbers in the epoch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batches:
     """Examples in batches: the same global batches whatever the number of workers, of which this is number `rank`."""
@@ -95,13 +110,14 @@ class Batches:
     """(N, 3, S, S) uint8 photos, or (N, D) float32 embeddings."""
     labels: torch.Tensor
     """(N,) int64 class numbers."""
+    rows: torch.Tensor
+    """(M,) int64: which of the N are shown, in order."""
+    classes: int
     batch_size: int
     """At most so many examples per global batch; an epoch is cut evenly, so no batch is much smaller."""
     shuffle: bool = False
     policy: str = "none"
     """Augmentation of photos, see `augment.py`."""
-    classes: int = 0
-    """How many there are; needed where the policy blends photos, and so their labels."""
     seed: int = 0
     rank: int = 0
     world: int = 1
@@ -113,28 +129,33 @@ class Batches:
 
     @property
     def examples(self) -> int:
-        """How many an epoch shows: one per input, or as many as the policy makes of each."""
-        return len(self.labels) * copies(self.policy)
+        """How many an epoch shows: one per row, or as many as the policy makes of each."""
+        return len(self.rows) * copies(self.policy)
 
-    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """This worker's share of each batch of epoch `number`, and how many examples all workers' shares hold together.
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """This worker's share of each batch of epoch `number`.
 
-        Labels are (B,) int64, or (B, C) float32 where the policy blends photos. Order and augmentation of each photo
-        depend on (seed, number) alone.
+        Order and augmentation of each photo depend on (seed, number), and on its place among the N, alone.
         """
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
         order = torch.randperm(self.examples, generator=generator) if self.shuffle else torch.arange(self.examples)
         for chosen in order.tensor_split(len(self)):
             mine, partners = (those[self.rank :: self.world] for those in (chosen, chosen.roll(1)))
             shown = self._mixed(mine, partners, number) if mixes(self.policy) else self._shown(mine, number)
-            yield *shown, len(chosen)
+            yield Batch(*shown, len(chosen), mine)
+
+    def _photos(self, examples: torch.Tensor) -> tuple[torch.Tensor, Numbers]:
+        """Where the `examples` stand among the N, and the numbers that `augment.py` knows them by."""
+        each = copies(self.policy)
+        rows = self.rows[examples // each]
+        return rows, (rows * each + examples % each).numpy()
 
     def _shown(self, examples: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `examples`, augmented, and their labels."""
-        rows = examples // copies(self.policy)
+        rows, known = self._photos(examples)
         inputs, labels = self.inputs[rows].to(self.device), self.labels[rows].to(self.device)
         if self.policy != "none":
-            inputs = augment(inputs, self.policy, self.seed, number, examples.numpy())
+            inputs = augment(inputs, self.policy, self.seed, number, known)
         return inputs, labels
 
     def _mixed(self, examples: torch.Tensor, partners: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +164,8 @@ class Batches:
         inputs, labels = self._shown(needed, number)
         targets = F.one_hot(labels, self.classes).float()
         first, second = places.to(self.device).tensor_split(2)
-        mixed, left = mix(inputs[first], inputs[second], self.policy, self.seed, number, examples.numpy())
+        known = self._photos(examples)[1]
+        mixed, left = mix(inputs[first], inputs[second], self.policy, self.seed, number, known)
         share = torch.from_numpy(left).to(self.device, torch.float32)[:, None]
         return mixed, targets[first] * share + targets[second] * (1 - share)
 

@@ -60,7 +60,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
     kind = JOBS[name]
-    default = _defaults_from(argv) if name == "train" else None
+    default = {"train": _of_best, "tune": _of_preset}.get(name, lambda _: None)(argv)
     return tyro.cli(
         kind,
         args=argv,
@@ -71,10 +71,24 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     )
 
 
-def _defaults_from(argv: Sequence[str]) -> Any:
+def _of_preset(argv: Sequence[str]) -> Any:
+    """What `tune --preset NAME` starts from, None where it is not to be had."""
+    name = _given(argv, "--preset")
+    if name not in configs.PRESETS:
+        return None
+    options: dict[str, Any] = {"preset": name, **configs.PRESETS[name]}
+    return configs.TuneConfig(index=tyro.MISSING, out=tyro.MISSING, **options)
+
+
+def _given(argv: Sequence[str], option: str) -> str | None:
+    """The value of `option` among the arguments."""
+    value = next((b for a, b in itertools.pairwise(argv) if a == option), None)
+    return next((a.partition("=")[2] for a in argv if a.startswith(f"{option}=")), value)
+
+
+def _of_best(argv: Sequence[str]) -> Any:
     """What `train --config URI` starts from, None without it."""
-    path = next((b for a, b in itertools.pairwise(argv) if a == "--config"), None)
-    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), path)
+    path = _given(argv, "--config")
     if path is None:
         return None
     from fruitray.storage import open_file

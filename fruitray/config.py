@@ -20,9 +20,9 @@ MIXES = ("mixup", "cutmix")
 """Steps that blend a photo with another one, and its label with the other's."""
 AUGMENTATIONS = (*FIXED_AUGMENTATIONS, "report", "jitter", "jpeg", "erase", "trivial", "rand", *MIXES)
 """The steps that a policy joins with `+`; what each does stands in `augment.py`."""
-SCRATCH = ("mlp", "cnn")
+SCRATCH = ("mlp", "cnn", "cnn_bn")
 """Backbones that nobody has weights for: always trained whole, from random weights."""
-REPORT_BACKBONES = ("mlp", "cnn", "vgg16", "resnet50", "efficientnet_b2")
+REPORT_BACKBONES = ("cnn", "mlp", "vgg16", "resnet50", "efficientnet_b2")
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -41,12 +41,6 @@ def require_policy(policy: str) -> None:
     require("eightfold" not in steps[1:], "augment", policy, "eightfold must come first")
     last = [step in MIXES for step in steps]
     require(last == sorted(last), "augment", policy, "mixup and cutmix must come last")
-
-
-def require_fixed_policy(policy: str, otherwise: str) -> None:
-    """Raise `UsageError` unless `policy` can be embedded once; `otherwise` says what to do for another one."""
-    rule = f"a frozen backbone takes {', '.join(FIXED_AUGMENTATIONS)}; for others {otherwise}"
-    require(policy in FIXED_AUGMENTATIONS, "augment", policy, rule)
 
 
 def parse_size(rule: str) -> tuple[int, int] | None:
@@ -118,25 +112,36 @@ class ModelConfig:
     """Which network, from which weights."""
 
     backbone: str = "efficientnet_b2"
-    """mlp, cnn, vgg16, resnet50, efficientnet_b2, mobilenet_v2, or timm/NAME."""
+    """mlp, cnn, cnn_bn (cnn with batch norm), any classifier of torchvision such as vgg16, resnet50, efficientnet_b2 or
+    mobilenet_v2, or timm/NAME."""
     weights: str = "imagenet"
     """`imagenet` (the library's download), `none` (random), or the path or URI of a .safetensors or state-dict file, or
     of a folder of NAME.safetensors files. A NAME.json beside a file corrects its preprocessing: size, mean, std, ...
-    `mlp` and `cnn` always start from random weights."""
+    `mlp`, `cnn` and `cnn_bn` always start from random weights."""
     frozen: bool = False
-    """Train the head alone, on embeddings that are computed once."""
+    """Train the head alone; it is the network's last layer, or its last two with --hidden. Where the augmentation makes
+    a fixed set of photos, their embeddings are computed once."""
+    hidden: int | None = None
+    """Units of a hidden layer in the head of a pretrained backbone, 0: none; the backbone's own when not given."""
     dropout: float | None = None
     """Dropout in the head; the backbone's own when not given."""
     image_size: int | None = None
-    """Side in pixels of the square the network sees; what its weights were made for when not given."""
+    """Side in pixels of the square the network sees; what its weights were made for when not given, 300 for mlp and
+    cnn, 128 for cnn_bn."""
+    crop: float | None = None
+    """Share of a photo's shorter side that is shown, from its middle; 0: all of the photo, squeezed into the square. As
+    the weights were made for when not given."""
 
     def __post_init__(self) -> None:
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
         require(self.image_size is None or self.image_size >= 32, "image_size", self.image_size, "must be at least 32")
+        require(self.crop is None or 0 <= self.crop <= 1, "crop", self.crop, "must lie in [0, 1]")
+        require(self.hidden is None or self.hidden >= 0, "hidden", self.hidden, "must not be negative")
         if self.backbone in SCRATCH:
             known = self.weights in ("imagenet", "none")
             require(known, "weights", self.weights, f"{self.backbone} always starts from random weights")
             object.__setattr__(self, "weights", "none")
+            require(self.hidden is None, "hidden", self.hidden, f"{self.backbone} has a head of its own")
         scratch = self.weights == "none"
         require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
 
@@ -149,15 +154,37 @@ class FitConfig:
     """At most so many passes over the training photos."""
     batch_size: int = 64
     """Photos per optimizer step, over all workers together."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    accumulate: int = 1
+    """Compute each step in so many parts, one after the other: less memory, the same step."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """sgd has Nesterov momentum of 0.9."""
+    learning_rate: float | None = None
+    """Peak learning rate; what suits the backbone, what of it is trained, and the optimizer when not given."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after its warm-up: down to zero, or as it is."""
+    warmup: float = 0.0
+    """Share of all steps during which the learning rate climbs from zero to its peak."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
+    """Of weight matrices and kernels; biases and normalisation layers have none. Decoupled with adamw."""
+    clip_norm: float = 0.0
+    """Scale gradients down to this norm where theirs is greater; 0: do not."""
+    head_epochs: int = 0
+    """Train only the head for so many epochs first."""
+    trunk_rate: float = 1.0
+    """Learning rate of everything below the head, as a share of the head's."""
+    ema: float = 0.0
+    """Validate, and keep, an exponential moving average of the weights, with this decay per step; 0: the weights."""
     label_smoothing: float = 0.1
     """Share of each target spread over all classes."""
+    class_weights: bool = False
+    """Weigh classes in the loss so that each weighs alike, however many photos it has."""
     patience: int = 3
     """Stop after so many epochs without a better one, by validation accuracy, then loss; the best epoch's weights are
     restored."""
+    compile: bool = False
+    """Use torch.compile, which takes a minute first."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in each run; a CPU does so anyway."""
     augment: str = "mirror"
     """What is done to the training photos: `none`, or steps joined by `+`, as in `mirror+jitter+mixup`.
     - mirror: flipped left-right half of the time
@@ -170,18 +197,42 @@ class FitConfig:
     - trivial: TrivialAugment
     - rand: RandAugment
     - mixup, cutmix: blended with another photo (last)
-    A frozen backbone takes none, mirror, flips or eightfold."""
+    Of a frozen backbone, none, mirror, flips and eightfold are embedded once; others are slow."""
     seed: int = 0
     """Seeds the head, the order of the photos, augmentation and dropout."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be positive")
+        require(1 <= self.accumulate <= self.batch_size, "accumulate", self.accumulate, "must lie in [1, --batch-size]")
+        rate = self.learning_rate is None or 0 < self.learning_rate < math.inf
+        require(rate, "learning_rate", self.learning_rate, "must be positive")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "must lie in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must not be negative")
+        require(0 <= self.clip_norm < math.inf, "clip_norm", self.clip_norm, "must not be negative")
+        require(0 <= self.head_epochs < self.epochs, "head_epochs", self.head_epochs, "must lie in [0, --epochs)")
+        require(0 < self.trunk_rate < math.inf, "trunk_rate", self.trunk_rate, "must be positive")
+        require(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         require(self.patience >= 1, "patience", self.patience, "must be at least 1")
         require_policy(self.augment)
+
+
+def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
+    """A learning rate to start from, where none is given: the more weights that know nothing yet, the smaller."""
+    if model.backbone in ("mlp", "cnn"):
+        rate = 1e-4
+    elif model.backbone == "cnn_bn":
+        rate = 3e-3
+    else:
+        rate = 1e-3 if model.frozen or model.weights == "none" else 5e-4
+    return 20 * rate if optimizer == "sgd" else rate
+
+
+def with_learning_rate(model: ModelConfig, fit: FitConfig) -> FitConfig:
+    """`fit`, with a learning rate that suits `model` if it had none."""
+    rate = fit.learning_rate or suited_learning_rate(model, fit.optimizer)
+    return dataclasses.replace(fit, learning_rate=rate)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,30 +243,44 @@ class TuneConfig:
     """What `prepare` wrote: its folder, or the index.parquet itself."""
     out: str
     """Folder or s3:// prefix for the results. The same command again goes on where a broken run stopped."""
+    preset: Literal["quick", "full", "report"] = "quick"
+    """What all other options start from; those given win.
+    - quick: the defaults shown here
+    - full: more backbones, frozen and whole, and more of everything to draw from
+    - report: the report's own sweeps of its small network, and its comparison of backbones"""
+    search: Literal["random", "optuna", "grid", "sweep"] = "random"
+    """Which trials to run.
+    - random: draws, the networks in turn
+    - optuna: draws that learn from those before (pip install fruitray[optuna])
+    - grid: every combination
+    - sweep: the first of every list together; then one list varied at a time; then the other networks, unvaried"""
     trials: int = 8
-    """How many trials to draw."""
-    backbones: tuple[str, ...] = ("cnn", "mobilenet_v2", "efficientnet_b2")
-    """Backbones to compare; they take turns, so each gets its share of the trials."""
+    """How many to run; grid and sweep run all they have."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops the weaker trials early."""
+    folds: int = 0
+    """Cross-validate each trial: train it so many times, each time without another part of the photos; needs no
+    scheduler. 0: one split, the index's own."""
+    backbones: tuple[str, ...] = ("cnn_bn", "mobilenet_v2", "efficientnet_b2")
+    """Backbones to compare."""
     weights: str = "imagenet"
-    """As for `train`; a folder serves all backbones. `mlp` and `cnn` always start from random weights."""
-    learning_rates: tuple[float, float] = (1e-4, 1e-2)
-    """Lowest and highest learning rate, drawn log-uniformly."""
-    batch_sizes: tuple[int, ...] = (32, 64, 256)
-    """Batch sizes to draw from."""
-    dropouts: tuple[float, ...] = (0.0, 0.2, 0.5)
-    """Dropouts to draw from."""
+    """As for `train`; a folder serves all backbones."""
     frozen_choices: tuple[bool, ...] = (True,)
-    """Whether pretrained backbones are frozen; give `True False` to search over it."""
+    """Whether pretrained backbones are frozen; give `True False` to compare both."""
+    hidden: int | None = None
+    """As for `train`."""
+    learning_rates: tuple[float, ...] = ()
+    """To choose from; random and optuna draw between the least and the greatest. When not given: --learning-rate alone,
+    or, without that, what suits the network, up to three times more, and down to a third."""
+    batch_sizes: tuple[int, ...] = ()
+    """To choose from; --batch-size alone when not given."""
+    dropouts: tuple[float, ...] = ()
+    """To choose from; the backbone's own alone when not given."""
     image_size: int | None = None
     """As for `train`."""
-    epochs: int = 10
-    """At most so many epochs per trial; ASHA stops the weaker ones early."""
-    patience: int = 3
+    crop: float | None = None
     """As for `train`."""
-    augment: str = "mirror"
-    """As for `train`."""
-    seed: int = 0
-    """Draws the trials, and seeds each of them alike."""
+    fit: FitConfig = FitConfig(epochs=10)
     cpus_per_trial: float = 1
     """CPUs reserved for each trial."""
     gpus_per_trial: float = 0
@@ -223,17 +288,46 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         require(len(self.backbones) >= 1, "backbones", self.backbones, "name at least one")
-        require(self.trials >= len(self.backbones), "trials", self.trials, "each backbone needs one at least")
-        low, high = self.learning_rates
-        require(0 < low <= high, "learning_rates", self.learning_rates, "give the lower, then the higher, above 0")
-        require(len(self.batch_sizes) >= 1 and min(self.batch_sizes) >= 1, "batch_sizes", self.batch_sizes, "all >= 1")
-        require(len(self.dropouts) >= 1, "dropouts", self.dropouts, "name at least one")
+        require(self.trials >= 1, "trials", self.trials, "must be at least 1")
+        require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "must be 2 at least, or 0")
+        require(all(rate > 0 for rate in self.learning_rates), "learning_rates", self.learning_rates, "all above 0")
+        require(all(size >= 1 for size in self.batch_sizes), "batch_sizes", self.batch_sizes, "all at least 1")
         require(len(self.frozen_choices) >= 1, "frozen_choices", self.frozen_choices, "give True, False or both")
         require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
         require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
-        require_policy(self.augment)
-        if True in self.frozen_choices and self.weights != "none" and not set(self.backbones) <= set(SCRATCH):
-            require_fixed_policy(self.augment, "give --frozen-choices False")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "full": {
+        "trials": 48,
+        "backbones": ("cnn_bn", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b2"),
+        "frozen_choices": (True, False),
+        "batch_sizes": (16, 32, 64),
+        "dropouts": (0.0, 0.2, 0.5),
+        "fit": FitConfig(epochs=30, warmup=0.1, head_epochs=1, ema=0.99, patience=6),
+    },
+    "report": {
+        "search": "sweep",
+        "scheduler": "none",
+        "backbones": REPORT_BACKBONES,
+        "frozen_choices": (True, False),
+        "hidden": 256,
+        "learning_rates": (1e-4, 1e-5, 1e-3, 1e-2),
+        "batch_sizes": (8, 64, 256),
+        "dropouts": (0.5, 0.0),
+        "fit": FitConfig(
+            epochs=10,
+            batch_size=8,
+            optimizer="adam",
+            schedule="constant",
+            weight_decay=0.0,
+            label_smoothing=0.0,
+            augment="eightfold",
+        ),
+    },
+}
+"""What `tune --preset` starts from, where that is not the default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,8 +349,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
-        if self.model.frozen:
-            require_fixed_policy(self.fit.augment, "give --no-frozen")
+        object.__setattr__(self, "fit", with_learning_rate(self.model, self.fit))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | Non
         table.add_column(Text(name), justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
     for row in rows[:at_most]:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    Console(highlight=False, width=None if _OUT.is_terminal else 160).print(table)
+    Console(highlight=False, width=None if _OUT.is_terminal else 220).print(table)
     if at_most is not None and len(rows) > at_most:
         say(f"... and {len(rows) - at_most:,} more")
 

@@ -1,100 +1,175 @@
-"""Embeddings of a frozen trunk: made once per (index, trunk, preprocessing, augmentation), kept beside the index."""
+"""Embeddings of a frozen trunk, kept beside the index in parts that are made once and shared.
+
+    features/KEY/SPLIT-VARIANT-BLOCK.parquet    create-only: key, embedding; a row per photo of the block
+
+KEY follows from all that an embedding follows from. A policy only says which variants it needs, so policies share
+parts; what a killed job had made stays; and jobs at the same work take turns.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import groupby, islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from fruitray.augment import DEGREES, EIGHT, SCALE, VARIANTS, fixed_variants
 from fruitray.backbones import Classifier
 from fruitray.batches import squares
-from fruitray.index import Index, index_place
+from fruitray.errors import OutputConflictError
+from fruitray.index import Index, Pool, index_place
+from fruitray.memory import keep_freed_memory
 from fruitray.preprocess import stack
 from fruitray.storage import Entry, Storage
 from fruitray.weights import state_hash
 
+BLOCK = 128
+"""Photos in a part: what a worker holds, and what it loses when it is killed."""
 EMBED_BATCH = 32
+"""Views per forward pass."""
+READERS = 16
+"""Parts that are read at once."""
 
 
-class View(NamedTuple):
-    """A photo as it is embedded."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """At most `BLOCK` photos of one split, in the pool's order; all of them but a split's last one are full."""
 
-    entry: Entry
-    position: int
-    """Among the photos of its split."""
-    variant: int
-    """Which of `augment.EIGHT`."""
+    split: str
+    number: int
+    entries: list[Entry]
+    positions: list[int]
+
+    def part(self, key: str, variant: str) -> str:
+        """The object, beside the index, that holds these photos as `variant`."""
+        return f"{key}/{self.split}-{variant}-{self.number:06}.parquet"
 
 
-def features_key(index: Index, model: Classifier, policy: str) -> str:
-    """The object, beside the index, that holds exactly these embeddings."""
+class Work(NamedTuple):
+    """A block, and those of its parts that are to be made."""
+
+    block: Block
+    variants: list[str]
+
+    @property
+    def views(self) -> int:
+        """How many embeddings that takes."""
+        return len(self.block.entries) * len(self.variants)
+
+
+def features_key(index: Index, model: Classifier) -> str:
+    """The folder, beside the index, of all embeddings of these photos by this trunk."""
     trunk = [str(model.trunk), state_hash(model.trunk.state_dict())]  # one file may fit two architectures
-    what = [index.sha256, trunk, asdict(model.preprocessing), VARIANTS[policy], SCALE, DEGREES]
-    return f"features/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.parquet"
+    what = [index.sha256, trunk, asdict(model.preprocessing), BLOCK, SCALE, DEGREES]
+    return f"features/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
 
 
-def feature_rows(index: Index, policy: str) -> list[View]:
-    """What is embedded, in order: each training photo in all variants of `policy`, then the validation photos as is."""
-    training, validation = index.rows("train")[0], index.rows("val")[0]
-    variants = range(len(VARIANTS[policy]))
-    views = [View(entry, position, variant) for position, entry in enumerate(training) for variant in variants]
-    return views + [View(entry, position, 0) for position, entry in enumerate(validation)]
+def blocks(pool: Pool, split: str) -> Iterator[Block]:
+    """The photos of `split`, cut into blocks."""
+    positions = [position for position, its in enumerate(pool.splits) if its == split]
+    for number, start in enumerate(range(0, len(positions), BLOCK)):
+        chosen = positions[start : start + BLOCK]
+        yield Block(split, number, [pool.entries[position] for position in chosen], chosen)
 
 
-def embed(model: Classifier, storage: Storage, rows: Sequence[View], device: torch.device) -> torch.Tensor:
-    """(len(rows), D) float32 embeddings. Rows of one photo that follow one another read it once."""
-    groups = [(entry, list(views)) for entry, views in groupby(rows, key=lambda view: view.entry)]
-    photos = squares(storage, [entry for entry, _ in groups], model.preprocessing)
-    shown = ((photo, view) for photo, (_, views) in zip(photos, groups, strict=True) for view in views)
+def missing_parts(index_uri: str, index: Index, key: str, policy: str, *, folds: bool = False) -> list[Work]:
+    """What is still to be made for `policy`: training photos are needed in all its variants, validation photos as they
+    are or, where `folds` will train on them, too, in all as well."""
+    there = {entry.key for entry in index_place(index_uri)[0].list(f"{key}/")}
+    pool, work = index.pool(), []
+    for split in ("train", "val"):
+        needed = VARIANTS[policy] if folds or split == "train" else VARIANTS["none"]
+        for block in blocks(pool, split):
+            missing = [variant for variant in needed if block.part(key, variant) not in there]
+            work += [Work(block, missing)] if missing else []
+    return work
+
+
+def make_parts(model: Classifier, photos: Storage, beside: Storage, key: str, work: Work, device: torch.device) -> int:
+    """Embed and keep what nobody has made by now; how many views that were. The photos are read once, or not at all.
+
+    Raises:
+        OutputConflictError: a photo is no longer what the index says.
+    """
+    block, decoded, made = work.block, None, 0
+    for variant in work.variants:
+        part = block.part(key, variant)
+        if beside.exists(part):
+            continue
+        if decoded is None:
+            decoded = stack(list(squares(photos, block.entries, model.preprocessing)))
+        embeddings = embed(model, decoded, block.positions, variant, device)
+        beside.create(part, _to_parquet(block, embeddings))
+        made += len(embeddings)
+    return made
+
+
+def embed(
+    model: Classifier, photos: torch.Tensor, positions: Sequence[int], variant: str, device: torch.device
+) -> torch.Tensor:
+    """(N, 3, S, S) uint8 photos, by their positions in the pool, each as `variant` -> (N, D) float32 embeddings."""
     model = model.to(device).eval()
+    keep_freed_memory()
+    embedded = []
     with torch.inference_mode():
-        return torch.cat([model.embed(_views(batch, device)).cpu() for batch in _batched(shown)])
+        for start in range(0, len(photos), EMBED_BATCH):
+            places = np.array(positions[start : start + EMBED_BATCH])
+            batch = photos[start : start + EMBED_BATCH].to(device)
+            shown = fixed_variants(batch, places, np.full(len(places), EIGHT.index(variant)))
+            embedded.append(model.embed(shown).cpu())
+        return torch.cat(embedded)
 
 
-def _views(batch: Sequence[tuple[torch.Tensor, View]], device: torch.device) -> torch.Tensor:
-    """(B, 3, S, S) uint8, each photo in its variant."""
-    photos, views = zip(*batch, strict=True)
-    positions, variants = (np.array([view[column] for view in views]) for column in (1, 2))
-    return fixed_variants(stack(photos).to(device), positions, variants)
-
-
-def _batched(shown: Iterator[tuple[torch.Tensor, View]]) -> Iterator[list[tuple[torch.Tensor, View]]]:
-    while batch := list(islice(shown, EMBED_BATCH)):
-        yield batch
-
-
-def write_features(index_uri: str, key: str, rows: Sequence[View], embeddings: torch.Tensor) -> None:
-    """Keep the embeddings of `rows` beside the index; who comes second changes nothing."""
-    columns = {"key": [view.entry.key for view in rows], "variant": [EIGHT[view.variant] for view in rows]}
-    table = pa.table({**columns, "embedding": to_arrow(embeddings)})
+def _to_parquet(block: Block, embeddings: torch.Tensor) -> bytes:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().reshape(-1)), embeddings.shape[1])
+    table = pa.table({"key": [entry.key for entry in block.entries], "embedding": column})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    index_place(index_uri)[0].create(key, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
-def read_features(index_uri: str, key: str) -> torch.Tensor:
-    """(rows, D) float32, in the order of `feature_rows`."""
-    return from_arrow(pq.read_table(pa.BufferReader(index_place(index_uri)[0].read(key)))["embedding"])
+def read_features(index_uri: str, index: Index, key: str, split: str, variants: Sequence[str]) -> torch.Tensor:
+    """(N, V, D) float32: the photos of `split` in the pool's order, each in all of `variants`.
+
+    Raises:
+        NotFoundError: a part was not made, see `cluster/embed.py`.
+        OutputConflictError: a part is damaged, or holds other photos.
+    """
+    beside, cut = index_place(index_uri)[0], list(blocks(index.pool(), split))
+    wanted = [(block, column, block.part(key, name)) for block in cut for column, name in enumerate(variants)]
+    features = np.empty((sum(len(block.entries) for block in cut), len(variants), 0), np.float32)
+    with ThreadPoolExecutor(READERS) as threads:
+        parts = threads.map(lambda each: _read_part(beside, each[2], each[0]), wanted)
+        for (block, column, part), embeddings in zip(wanted, parts, strict=True):
+            if not features.size:  # the first one says how wide they are
+                features = np.empty((*features.shape[:2], embeddings.shape[1]), np.float32)
+            if embeddings.shape[1] != features.shape[2]:
+                raise _foreign(beside.uri_of(part))
+            start = block.number * BLOCK
+            features[start : start + len(embeddings), column] = embeddings
+    return torch.from_numpy(features)
 
 
-def to_arrow(embeddings: torch.Tensor) -> pa.Array:
-    """(N, D) float32 as an Arrow column of N fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().reshape(-1)), embeddings.shape[1])
+def _read_part(beside: Storage, part: str, block: Block) -> NDArray[np.float32]:
+    """(photos of the block, D)."""
+    data = beside.read(part)
+    try:
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        keys, column = table["key"].to_pylist(), table["embedding"].combine_chunks()
+        embeddings: NDArray[np.float32] = np.asarray(column.flatten()).reshape(len(keys), column.type.list_size)
+    except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:  # a column may be of any type
+        raise _foreign(beside.uri_of(part)) from error
+    if keys != [entry.key for entry in block.entries] or embeddings.dtype != np.float32:
+        raise _foreign(beside.uri_of(part))
+    return embeddings
 
 
-def from_arrow(column: pa.ChunkedArray) -> torch.Tensor:
-    """The (N, D) float32 tensor that `to_arrow` made a column of."""
-    flat = np.asarray(column.combine_chunks().flatten())
-    return torch.from_numpy(flat.reshape(len(column), -1).copy())
-
-
-def has_features(index_uri: str, key: str) -> bool:
-    """Whether these embeddings are kept already."""
-    return index_place(index_uri)[0].exists(key)
+def _foreign(uri: str) -> OutputConflictError:
+    return OutputConflictError(uri, "is damaged, or not the embeddings of the indexed photos; delete it and run again")

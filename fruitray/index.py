@@ -59,6 +59,20 @@ FACTS = pa.schema([column for column in SCHEMA if column.name not in DECIDED])
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """The photos of train and val together, in index order. A photo's place here is its *position*: whichever of the
+    two it is in, and whatever a fold makes of it, its position stays."""
+
+    entries: list[Entry]
+    labels: list[int]
+    """Class numbers."""
+    splits: list[str]
+    folds: list[int | None]
+    groups: list[str]
+    """The same for duplicates."""
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """A read index. `images` is the root its photos were listed below, `sha256` the hash of the index file."""
 
@@ -73,18 +87,21 @@ class Index:
 
     def rows(self, split: str) -> tuple[list[Entry], list[int]]:
         """The photos of `split`, in index order: where to read them, and their class numbers."""
-        table = self.table.filter(pc.equal(self.table["split"], split))
+        return self._photos(self.table.filter(pc.equal(self.table["split"], split)))
+
+    def pool(self) -> Pool:
+        """The photos that are trained on or validated on, in one row."""
+        table = self.table.filter(pc.is_in(self.table["split"], pa.array(["train", "val"])))
+        groups = pc.coalesce(table["group"], table["sha256"]).to_pylist()
+        return Pool(*self._photos(table), table["split"].to_pylist(), table["fold"].to_pylist(), groups)
+
+    def _photos(self, table: pa.Table) -> tuple[list[Entry], list[int]]:
         number = {label: position for position, label in enumerate(self.classes)}
         entries = [
             Entry(row["uri"][len(self.images) + 1 :], row["bytes"], row["etag"])
             for row in table.select(["uri", "bytes", "etag"]).to_pylist()
         ]
         return entries, [number[label] for label in table["label"].to_pylist()]
-
-    def class_weights(self) -> list[float]:
-        """Loss weight per class, so that all weigh alike in training: photos / (classes * photos of the class)."""
-        _, labels = self.rows("train")
-        return [len(labels) / (len(self.classes) * labels.count(number)) for number in range(len(self.classes))]
 
 
 def write_index(storage: Storage, table: pa.Table, images: str) -> None:

@@ -3,13 +3,12 @@
 from math import sqrt
 
 import torch
+from scipy.stats import binomtest
 
 
-def confusion(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(C, C) int64 counts on the CPU, rows the true class, columns the predicted one. Counts of parts add up."""
-    classes = logits.shape[1]
-    cells = labels * classes + logits.argmax(dim=1)
-    return torch.bincount(cells, minlength=classes * classes).view(classes, classes).cpu()
+def confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """(C, C) int64 counts of two (N,) int64: rows the true class, columns the predicted. Counts of parts add up."""
+    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
 def accuracy(counts: torch.Tensor) -> float:
@@ -36,3 +35,12 @@ def recalls(counts: torch.Tensor) -> list[float]:
 def precisions(counts: torch.Tensor) -> list[float]:
     """Per predicted class, the share that was right; 0 for a class never predicted."""
     return recalls(counts.T)
+
+
+def distinguishable(first: torch.Tensor, second: torch.Tensor) -> float:
+    """p-value of two models being equally good, from (N,) bool: whether each was right, on the same photos.
+
+    McNemar's exact test (1947): of the photos that just one of them got right, either would have half.
+    """
+    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -13,6 +13,8 @@ from fruitray.features import features_key, read_features
 from fruitray.index import Index
 from fruitray.storage import open_storage
 
+VAL_BATCH = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -32,38 +34,47 @@ def make_recipe(
     config: FitConfig,
     *,
     frozen: bool,
+    validation: torch.Tensor | None = None,
+    cached: bool = True,
     rank: int = 0,
     world: int = 1,
     device: torch.device = CPU,
 ) -> Recipe:
-    """Load the photos or, where the trunk is `frozen`, their embeddings (`cluster/embed.py` must have made them); the
-    batches come on `device`.
+    """Load the photos or, where the trunk is `frozen` and the augmentation a fixed set, their embeddings
+    (`cluster/embed.py` must have made them; not `cached`: do without); the batches come on `device`.
+
+    `validation`, (N,) bool, says of each photo of the pool whether it is held out; the index's own split when it is not
+    given.
 
     Raises:
         UsageError: a batch is too small to give every worker a photo.
         OutputConflictError: a photo is no longer what the index says.
         NotFoundError: there are no embeddings.
     """
-    (train_entries, train_labels), (val_entries, val_labels) = index.rows("train"), index.rows("val")
-    policy = config.augment
+    pool, policy = index.pool(), config.augment
+    held_out = torch.tensor([split == "val" for split in pool.splits]) if validation is None else validation
+    labels = torch.tensor(pool.labels)
+    train_rows, val_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     if frozen:
         freeze(model)
-        embeddings = read_features(index_uri, features_key(index, model, policy))
-        views = len(VARIANTS[policy])
-        cut = len(train_entries) * views
-        train_labels = [label for label in train_labels for _ in range(views)]
-        train_inputs, val_inputs, policy = embeddings[:cut], embeddings[cut:], "none"
+    module: nn.Module = model
+    if frozen and cached and policy in VARIANTS:
+        module = model.head
+        train_inputs, val_inputs = _embeddings(index_uri, index, model, policy, held_out, folds=validation is not None)
+        train_labels, val_labels = labels[train_rows].repeat_interleave(len(VARIANTS[policy])), labels[val_rows]
+        train_rows, val_rows = torch.arange(len(train_inputs)), torch.arange(len(val_inputs))
+        policy = "none"
     else:
-        storage = open_storage(index.images)
-        train_inputs = decoded_photos(storage, train_entries, model.preprocessing)
-        val_inputs = decoded_photos(storage, val_entries, model.preprocessing)
+        train_inputs = val_inputs = decoded_photos(open_storage(index.images), pool.entries, model.preprocessing)
+        train_labels = val_labels = labels
     train = Batches(
         inputs=train_inputs,
-        labels=torch.tensor(train_labels),
+        labels=train_labels,
+        rows=train_rows,
+        classes=len(index.classes),
         batch_size=config.batch_size,
         shuffle=True,
         policy=policy,
-        classes=len(index.classes),
         seed=config.seed,
         rank=rank,
         world=world,
@@ -71,5 +82,22 @@ def make_recipe(
     )
     everyone = train.examples // len(train) >= world
     require(everyone, "batch_size", config.batch_size, f"must give each of the {world} workers a photo in every step")
-    val = replace(train, inputs=val_inputs, labels=torch.tensor(val_labels), shuffle=False, policy="none")
-    return Recipe(model, model.head if frozen else model, train, val)
+    val = replace(
+        train, inputs=val_inputs, labels=val_labels, rows=val_rows, batch_size=VAL_BATCH, shuffle=False, policy="none"
+    )
+    return Recipe(model, module, train, val)
+
+
+def _embeddings(
+    index_uri: str, index: Index, model: Classifier, policy: str, held_out: torch.Tensor, *, folds: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training examples, D) and (held-out photos, D) float32, in pool order; of each training photo all variants."""
+    key, variants = features_key(index, model), VARIANTS[policy]
+    train = read_features(index_uri, index, key, "train", variants)
+    val = read_features(index_uri, index, key, "val", variants if folds else variants[:1])
+    if not folds:
+        return train.flatten(0, 1), val[:, 0]
+    whole = torch.empty(len(held_out), *train.shape[1:])
+    in_val = torch.tensor([split == "val" for split in index.pool().splits])
+    whole[~in_val], whole[in_val] = train, val
+    return whole[~held_out].flatten(0, 1), whole[held_out, 0]

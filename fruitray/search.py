@@ -1,36 +1,150 @@
-"""The search space: which trials `tune` runs. Plain and deterministic; scheduling them is `cluster/tune.py`'s."""
+"""The search space: which trials `tune` runs. Plain and deterministic; scheduling them is `cluster/tune.py`'s.
+
+There is one space, `settings`; the searches differ in who picks: `Draws` at random, `Walk` along a path of choices,
+Optuna (in `cluster/tune.py`) from what it has learned.
+"""
 
 import math
 import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig
-
-
-def draw_trials(config: TuneConfig) -> list[tuple[ModelConfig, FitConfig]]:
-    """`config.trials` draws, the backbones in turn so that each gets its share; equal configs draw equal trials."""
-    random_ = random.Random(config.seed)
-    return [_draw(config, config.backbones[number % len(config.backbones)], random_) for number in range(config.trials)]
+from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig, suited_learning_rate
 
 
-def _draw(config: TuneConfig, backbone: str, random_: random.Random) -> tuple[ModelConfig, FitConfig]:
-    low, high = (math.log10(rate) for rate in config.learning_rates)
-    learning_rate = float(f"{10 ** random_.uniform(low, high):.3g}")
-    batch_size, dropout = random_.choice(config.batch_sizes), random_.choice(config.dropouts)
-    frozen = random_.choice(config.frozen_choices)
-    pretrained = backbone not in SCRATCH and config.weights != "none"
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a trial trains."""
+
+    backbone: str
+    frozen: bool
+
+    def __str__(self) -> str:
+        return f"{self.backbone}{' frozen' * self.frozen}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One point of the space. `axis` is the list that a sweep varies in it, "" in its base and in other searches."""
+
+    model: ModelConfig
+    fit: FitConfig
+    axis: str = ""
+
+
+class Picker(Protocol):
+    """Chooses; the name says what, and for which network."""
+
+    def one_of(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of `choices`."""
+
+    def between(self, name: str, values: Sequence[float]) -> float:
+        """A number between the least and the greatest of `values`, drawn log-uniformly, or one of them."""
+
+
+def networks(config: TuneConfig) -> list[Network]:
+    """What is compared: each backbone, frozen or whole where it is pretrained."""
+    found = []
+    for backbone in config.backbones:
+        pretrained = backbone not in SCRATCH and config.weights != "none"
+        found += [Network(backbone, frozen) for frozen in (config.frozen_choices if pretrained else (False,))]
+    return found
+
+
+def settings(config: TuneConfig, network: Network, picker: Picker) -> tuple[ModelConfig, FitConfig]:
+    """The space: what can be picked for `network`."""
+    scratch = network.backbone in SCRATCH
     model = ModelConfig(
-        backbone=backbone,
-        weights=config.weights if pretrained else "none",
-        frozen=frozen and pretrained,
-        dropout=dropout,
+        backbone=network.backbone,
+        weights="none" if scratch else config.weights,
+        frozen=network.frozen,
+        hidden=None if scratch else config.hidden,
+        dropout=picker.one_of(f"{network}: dropout", config.dropouts) if config.dropouts else None,
         image_size=config.image_size,
+        crop=config.crop,
     )
-    fit = FitConfig(
-        epochs=config.epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        patience=config.patience,
-        augment=config.augment,
-        seed=config.seed,
-    )
-    return model, fit
+    rate = picker.between(f"{network}: learning rate", _rates(config, model))
+    sizes = config.batch_sizes or (config.fit.batch_size,)
+    size = picker.one_of(f"{network}: batch size", sizes)
+    first = 0 if model.frozen or model.weights == "none" else config.fit.head_epochs
+    return model, replace(config.fit, learning_rate=rate, batch_size=size, head_epochs=first)
+
+
+def _rates(config: TuneConfig, model: ModelConfig) -> tuple[float, ...]:
+    if config.learning_rates:
+        return config.learning_rates
+    if config.fit.learning_rate:
+        return (config.fit.learning_rate,)
+    suited = suited_learning_rate(model, config.fit.optimizer)
+    return suited, suited / 3, suited * 3
+
+
+def draw_trials(config: TuneConfig) -> list[Trial]:
+    """The trials of `random`, `grid` or `sweep`; equal configs draw equal trials."""
+    if config.search == "random":
+        draws, compared = Draws(config.fit.seed), networks(config)
+        return [Trial(*settings(config, compared[n % len(compared)], draws)) for n in range(config.trials)]
+    return list((_grid if config.search == "grid" else _sweep)(config))
+
+
+def _grid(config: TuneConfig) -> Iterator[Trial]:
+    for network in networks(config):
+        path: list[int] | None = []
+        while path is not None:
+            walk = Walk(path)
+            yield Trial(*settings(config, network, walk))
+            path = walk.next_path()
+
+
+def _sweep(config: TuneConfig) -> Iterator[Trial]:
+    first, *others = networks(config)
+    base = Walk([])
+    yield Trial(*settings(config, first, base))
+    for place, (name, count) in enumerate(base.met):
+        for choice in range(1, count):
+            axis = name.rpartition(": ")[2]
+            yield Trial(*settings(config, first, Walk([0] * place + [choice])), axis)
+    for network in others:
+        yield Trial(*settings(config, network, Walk([])), "network")
+
+
+class Draws:
+    """Picks at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def one_of(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._random.choice(choices)
+
+    def between(self, name: str, values: Sequence[float]) -> float:
+        low, high = math.log10(min(values)), math.log10(max(values))
+        return float(f"{10 ** self._random.uniform(low, high):.3g}")
+
+
+class Walk:
+    """Picks the choices that a path numbers, then the first of each list; remembers which lists it met."""
+
+    def __init__(self, path: Sequence[int]) -> None:
+        self._path = path
+        self.met: list[tuple[str, int]] = []
+        """(name, how many choices)"""
+
+    def one_of(self, name: str, choices: Sequence[Any]) -> Any:
+        self.met.append((name, len(choices)))
+        return choices[self._choice(len(self.met) - 1)]
+
+    def between(self, name: str, values: Sequence[float]) -> float:
+        picked: float = self.one_of(name, values)
+        return picked
+
+    def _choice(self, place: int) -> int:
+        return self._path[place] if place < len(self._path) else 0
+
+    def next_path(self) -> list[int] | None:
+        """The path of the next combination, in the order of an odometer; None after the last."""
+        taken = [self._choice(place) for place in range(len(self.met))]
+        while taken and taken[-1] == self.met[len(taken) - 1][1] - 1:
+            taken.pop()
+        return [*taken[:-1], taken[-1] + 1] if taken else None

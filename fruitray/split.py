@@ -21,7 +21,7 @@ from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
-from fruitray.index import SCHEMA
+from fruitray.index import SCHEMA, Pool
 from fruitray.rules import spare_copies, wrong_size
 
 Ints = NDArray[np.int64]
@@ -294,3 +294,19 @@ def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = Fa
     if said:
         why = "; an earlier index's splits stand: prepare into another --out without it" if earlier else ""
         raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {found}{why}")
+
+
+def cross_validation(pool: Pool, folds: int, seed: int) -> list[int]:
+    """Of each photo of `pool` the fold that holds it out, from 0: the index's own folds where it has as many, else
+    stratified ones that keep duplicates together."""
+    own = [fold for fold in pool.folds if fold is not None]
+    if len(own) == len(pool.folds) and max(own) == folds - 1:
+        return own
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    numbers = np.zeros(len(pool.labels), dtype=np.int64)
+    for fold, (_, held_out) in enumerate(split.split(pool.labels, pool.labels, pool.groups)):
+        numbers[held_out] = fold
+    found: list[int] = numbers.tolist()
+    return found

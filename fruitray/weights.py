@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ class Weights:
 
     source: str
     sha256: str | None
+
+
+RANDOM = Weights("none", None)
 
 
 def download(backbone: str, get: Callable[[], Got]) -> Got:
@@ -103,7 +107,7 @@ def _parse(uri: str, data: bytes) -> State:
 def load_all_but_head(network: nn.Module, state: State, heads: tuple[str, ...], uri: str) -> str:
     """Load strictly, the head (which is about to be replaced) aside; answers the hash of what was loaded."""
     replaced = tuple(f"{head}." for head in heads)
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith(replaced)}
+    trunk = {_present_name(name): tensor for name, tensor in state.items() if not name.startswith(replaced)}
     try:
         keys = network.load_state_dict(trunk, strict=False)
     except RuntimeError as error:
@@ -114,6 +118,11 @@ def load_all_but_head(network: nn.Module, state: State, heads: tuple[str, ...], 
         odd = (missing + keys.unexpected_keys)[0]
         raise ModelRejectedError(uri, f"belongs to another network ({len(missing)} tensors missing, first odd: {odd})")
     return state_hash(trunk)
+
+
+def _present_name(name: str) -> str:
+    """Official files of DenseNet still say `denselayer1.norm.1.weight` for what is `denselayer1.norm1.weight` now."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def state_hash(state: State) -> str:

@@ -27,8 +27,16 @@ class Cluster:
 
     def start(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
         """`python -m jobs.JOB arguments` in `folder`, as a driver of its own session."""
+        return self._start(["-m", f"jobs.{job}", *arguments], folder, environment)
+
+    def start_apart(self, job: str, *arguments: str, cpus: int) -> subprocess.Popen[str]:
+        """As `start`, on a Ray of its own with so many CPUs, which finds the same storage."""
+        scratch = Path(self.environment["FRUITRAY_CACHE"]).parent / secrets.token_hex(2)
+        return self._start(["-c", _APART, str(cpus), str(scratch), job, *arguments], ROOT, {"RAY_ADDRESS": "local"})
+
+    def _start(self, command: list[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", f"jobs.{job}", *arguments],
+            [sys.executable, *command],
             cwd=folder,
             env=self.environment | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
@@ -42,6 +50,13 @@ class Cluster:
         process = self.start(job, *arguments, folder=folder, **environment)
         printed, _ = process.communicate(timeout=300)
         return process.returncode, printed
+
+
+_APART = (
+    "import ray, sys; from fruitray.cli import run_job; "
+    "ray.init(address='local', num_cpus=int(sys.argv[1]), object_store_memory=500_000_000, _temp_dir=sys.argv[2]); "
+    "sys.exit(run_job(sys.argv[3], sys.argv[4:]))"
+)
 
 
 @contextmanager

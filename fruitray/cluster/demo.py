@@ -20,7 +20,6 @@ from fruitray.cli import run_job
 from fruitray.cluster.runtime import own_cluster
 from fruitray.cluster.score import show_rows
 from fruitray.cluster.train import show_metrics
-from fruitray.cluster.tune import show_trials
 from fruitray.commit import read_manifest
 from fruitray.config import DemoConfig, ModelConfig
 from fruitray.console import progress, say, show_table
@@ -29,6 +28,7 @@ from fruitray.package import read_description
 from fruitray.s3server import find_binary, s3_server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
+from fruitray.trials import show_trials
 
 BUCKET = "s3://fruit"
 OUTPUTS = {

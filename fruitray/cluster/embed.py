@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Any
+import random
+from dataclasses import asdict
 
 import pyarrow as pa
 import ray.data
@@ -11,23 +12,12 @@ import torch
 from fruitray.backbones import build, pick_device
 from fruitray.cluster.runtime import open_input, stream, worker_count
 from fruitray.config import ModelConfig
-from fruitray.console import progress
-from fruitray.features import (
-    View,
-    embed,
-    feature_rows,
-    features_key,
-    from_arrow,
-    has_features,
-    to_arrow,
-    write_features,
-)
-from fruitray.index import Index
+from fruitray.console import progress, say
+from fruitray.features import Block, Work, features_key, make_parts, missing_parts
+from fruitray.index import Index, index_place
 from fruitray.package import DESCRIPTION, Package, load_package, save_package
 from fruitray.storage import Entry, Storage, open_storage
 from fruitray.weights import state_hash
-
-CHUNK = 128
 
 
 def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], seed: int) -> Package:
@@ -35,7 +25,7 @@ def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], s
 
     Runs that differ in dropout, or in what is frozen, start from the same one.
     """
-    start = [config.backbone, config.weights, config.image_size, classes, seed]
+    start = [config.backbone, config.weights, config.hidden, config.image_size, config.crop, classes, seed]
     digest = hashlib.sha256(json.dumps(start).encode()).hexdigest()
     place = open_storage(out.uri_of(f"initial/{config.backbone}/{digest[:8]}"))
     if not place.exists(DESCRIPTION):
@@ -46,46 +36,51 @@ def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], s
     return load_package(place.uri)
 
 
-def ensure_features(index_uri: str, index: Index, package: Package, policy: str, *, gpu: bool = False) -> None:
-    """Embed the index's photos with the package's trunk, in parallel, unless that is done already."""
-    key = features_key(index, package.model, policy)
-    if has_features(index_uri, key):
+def ensure_features(
+    index_uri: str, index: Index, package: Package, policy: str, *, folds: bool = False, gpu: bool = False
+) -> None:
+    """Embed the index's photos with the package's trunk, as far as `policy` needs it and nobody has done it.
+
+    `folds`: for cross-validation, where validation photos are trained on, too.
+    """
+    key = features_key(index, package.model)
+    work = _shuffled(missing_parts(index_uri, index, key, policy, folds=folds))
+    if not work:
         return
-    rows = feature_rows(index, policy)
-    columns = {
-        "row": range(len(rows)),
-        **{name: [getattr(view.entry, name) for view in rows] for name in ("key", "size", "etag")},
-        **{name: [getattr(view, name) for view in rows] for name in ("position", "variant")},
-    }
-    table = pa.table({name: list(values) for name, values in columns.items()})
-    chunks = [table.slice(start, CHUNK) for start in range(0, table.num_rows, CHUNK)]
-    workers = worker_count(0, gpu=gpu)
-    done = []
-    with progress(f"embed with {package.description['model']['backbone']}", len(rows), "photos") as advance:
-        for result in stream(
-            chunks,
+    views, made = sum(each.views for each in work), 0
+    with progress(f"embed with {package.description['model']['backbone']}", views, "views") as advance:
+        for done in stream(
+            [pa.Table.from_pylist([{"block": asdict(each.block), "variants": each.variants}]) for each in work],
             _Embedder,
-            fn_constructor_args=(package.uri, index.images, gpu),
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(chunks))),
+            fn_constructor_args=(package.uri, index.images, index_uri, key, gpu),
+            compute=ray.data.ActorPoolStrategy(size=min(worker_count(0, gpu=gpu), len(work))),
             num_cpus=1,
             num_gpus=1 if gpu else 0,
         ):
-            done.append(result)
-            advance(result.num_rows)
-    embeddings = from_arrow(pa.concat_tables(done).sort_by("row")["embedding"])
-    write_features(index_uri, key, rows, embeddings)
+            made += sum(done["made"].to_pylist())
+            advance(sum(done["views"].to_pylist()))
+    if made < views:
+        say(f"embed: {views - made:,} of these views were made by another job, or by a worker that was lost")
+
+
+def _shuffled(work: list[Work]) -> list[Work]:
+    """In an order of this job's own: two that kept the same one would, where they meet, do everything twice."""
+    draw = random.SystemRandom()
+    return [Work(block, draw.sample(variants, len(variants))) for block, variants in draw.sample(work, len(work))]
 
 
 class _Embedder:
-    """One worker: chunks of rows in, their embeddings out."""
+    """One worker: a block and variants in, their parts kept, counts out."""
 
-    def __init__(self, package_uri: str, images: str, gpu: bool) -> None:
+    def __init__(self, package_uri: str, images: str, index_uri: str, key: str, gpu: bool) -> None:
         torch.set_num_threads(1)
         self._model = load_package(package_uri).model
-        self._images, self._device = open_input(images), pick_device(gpu=gpu)
+        self._photos, self._beside, self._key = open_input(images), index_place(index_uri)[0], key
+        self._device = pick_device(gpu=gpu)
 
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        rows: list[dict[str, Any]] = chunk.to_pylist()
-        views = [View(Entry(row["key"], row["size"], row["etag"]), row["position"], row["variant"]) for row in rows]
-        embeddings = embed(self._model, self._images, views, self._device)
-        return pa.table({"row": chunk["row"], "embedding": to_arrow(embeddings)})
+    def __call__(self, task: pa.Table) -> pa.Table:
+        [row] = task.to_pylist()
+        entries = [Entry(**entry) for entry in row["block"].pop("entries")]
+        work = Work(Block(entries=entries, **row["block"]), row["variants"])
+        made = make_parts(self._model, self._photos, self._beside, self._key, work, self._device)
+        return pa.table({"views": [work.views], "made": [made]})

@@ -6,7 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import torch
 
+from fruitray.augment import VARIANTS
 from fruitray.backbones import build
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import beside_driver, open_output
@@ -30,7 +32,7 @@ def find_suspects(config: PrepareConfig) -> None:
     out, index = open_output(config.out), read_index(config.out)
     package = initial_model(out, _probe_model(config), index.classes, config.seed)
     ensure_features(config.out, index, package, "none", gpu=config.gpu)
-    key = features_key(index, package.model, "none")
+    key = features_key(index, package.model)
     facts = {
         "backbone": config.probe,
         "weights": package.description["initial_weights"]["sha256"],
@@ -55,7 +57,8 @@ def _rank(out: str, key: str, facts: dict[str, Any], seed: int) -> dict[str, Any
     embedded = pa.concat_tables([index.table.filter(pc.equal(index.table["split"], side)) for side in ("train", "val")])
     groups = pc.coalesce(embedded["group"], embedded["sha256"]).to_numpy(zero_copy_only=False).astype(str)
     labels = embedded["label"].to_pylist()
-    suspects = rank_suspects(read_features(out, key).numpy(), labels, groups, seed=seed)
+    embeddings = [read_features(out, index, key, side, VARIANTS["none"])[:, 0] for side in ("train", "val")]
+    suspects = rank_suspects(torch.cat(embeddings).numpy(), labels, groups, seed=seed)
     table = suspects_table(suspects, embedded["uri"].to_pylist(), labels)
     write_suspects(open_output(out), table, facts)
     return {

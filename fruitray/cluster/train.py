@@ -11,9 +11,10 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fruitray.augment import VARIANTS
+from fruitray.backbones import layer_summary
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
@@ -36,9 +37,10 @@ def run(config: TrainConfig) -> str:
     if not out.exists(DESCRIPTION):
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
         claim(out, "train", config, index.sha256)
+        out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
         worker_count(config.workers, gpu=config.gpu)
-        if config.model.frozen:
+        if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
@@ -90,16 +92,16 @@ def _work(job: dict[str, Any]) -> None:
         device=device,
     )
     recipe.model.to(device)
-    module: nn.Module = DistributedDataParallel(recipe.module) if world > 1 else recipe.module
     resume = _read_checkpoint()
     history = resume["history"] if resume else []
     for epoch in fit(
-        module,
+        recipe.module,
         recipe.train,
         recipe.val,
         fit_config,
         device=device,
         reduce=_sum_over_workers if world > 1 else lambda tensor: tensor,
+        wrap=DistributedDataParallel if world > 1 else lambda module: module,
         resume=resume["fit"] if resume else None,
     ):
         history.append(_measured(epoch))

@@ -1,55 +1,33 @@
-"""tune: trials of several backbones under ASHA; every trial of a backbone starts from the same stored weights."""
+"""tune: trials of several backbones, scheduled by Ray Tune; every trial of a backbone starts from the same weights."""
 
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from fruitray.backbones import parameter_counts, pick_device, skeleton
+from fruitray.augment import VARIANTS
+from fruitray.backbones import layer_summary
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, open_output, require_ours, require_resources
-from fruitray.config import FitConfig, ModelConfig, TuneConfig
-from fruitray.console import LOG_INTERVAL_S, say, show_table
-from fruitray.errors import TrialsFailedError, find_ours
-from fruitray.fit import Epoch, fit
-from fruitray.index import read_index
-from fruitray.metrics import recalls, wilson_interval
-from fruitray.package import Package, load_package
-from fruitray.recipe import make_recipe
-from fruitray.search import draw_trials
+from fruitray.cluster.trial import reason, run_trial
+from fruitray.config import TuneConfig
+from fruitray.console import LOG_INTERVAL_S, say
+from fruitray.errors import FruitrayError, TrialsFailedError, UsageError
+from fruitray.index import Index, read_index
+from fruitray.package import Package
+from fruitray.search import Trial, Walk, draw_trials, networks, settings
 from fruitray.storage import Storage
-from fruitray.weights import state_hash
+from fruitray.tables import parquet
+from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
 
-SCHEMA = pa.schema(
-    [
-        ("trial", pa.int32()),
-        ("backbone", pa.string()),
-        ("frozen", pa.bool_()),
-        ("weights", pa.string()),
-        ("learning_rate", pa.float64()),
-        ("batch_size", pa.int32()),
-        ("dropout", pa.float64()),
-        ("accuracy", pa.float64()),  # on the validation photos, of the best epoch
-        ("accuracy_low", pa.float64()),  # 95% Wilson interval
-        ("accuracy_high", pa.float64()),
-        ("recalls", pa.list_(pa.float64())),  # per class, classes sorted
-        ("best_epoch", pa.int32()),
-        ("epochs", pa.int32()),
-        ("seconds", pa.float64()),
-        ("images_per_s", pa.float64()),  # training examples, in the last epoch
-        ("parameters", pa.int64()),
-        ("trained_parameters", pa.int64()),
-        ("initial_state_hash", pa.string()),  # SHA-256 of the tensors the trial started from
-        ("error", pa.string()),
-    ]
-)
+RETRIES = 2
+"""How often a trial whose worker was lost begins again."""
 
 
 def run(config: TuneConfig) -> str:
@@ -57,171 +35,177 @@ def run(config: TuneConfig) -> str:
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "tune", config, index.sha256)
-    trials = draw_trials(config)
-    initial = _initial_models(config, out, index.classes, trials)
+    initial = _initial_models(config, out, index)
     claim(out, "tune", config, index.sha256)
     connect()
     require_resources(config.cpus_per_trial, config.gpus_per_trial)
-    for backbone in {model.backbone for model, _ in trials if model.frozen}:
-        ensure_features(config.index, index, initial[backbone], config.augment, gpu=config.gpus_per_trial > 0)
-    rows = sorted(_search(config, out, trials, initial), key=_rank)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink)
-    out.write("trials.parquet", sink.getvalue().to_pybytes())
+    if config.fit.augment in VARIANTS:
+        for package in initial.values():
+            gpu = config.gpus_per_trial > 0
+            ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
+    found = sorted((_row(result) for result in _search(config, out)), key=lambda pair: rank(pair[0]))
+    rows = [row for row, _ in found]
+    out.write("trials.parquet", parquet(table(rows)))
     show_trials(rows)
-    best = rows[0]
+    if config.search == "sweep":
+        show_sweeps(rows, config.fit.epochs)
+    best, chosen = found[0]
     if best["error"]:
         raise TrialsFailedError(out.uri, best["error"])
-    model, fit_config = trials[best["trial"]]
-    out.write("best.json", json.dumps({"model": asdict(model), "fit": asdict(fit_config)}, indent=2).encode())
-    found = ", ".join(f"{name} {share:.3f}" for name, share in zip(index.classes, best["recalls"], strict=True))
-    said = f"validation accuracy {best['accuracy']:.4f}; recall: {found}"
-    say(f"best: trial {best['trial']}, {best['backbone']}, {said}")
+    out.write("best.json", json.dumps(chosen, indent=2).encode())
+    announce(rows, index.classes)
     return f"tune: {len(rows)} trials in {out.uri_of('trials.parquet')}, the best one in {out.uri_of('best.json')}"
 
 
-def _rank(row: dict[str, Any]) -> tuple[bool, float, int]:
-    """The best first; failed trials last, whatever they had reached: training would fail in the same way."""
-    return row["error"] is not None, -(row["accuracy"] or 0.0), row["trial"]
+def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str, Package]:
+    """What the trials of each frozen backbone start from, with the layers of all as text beside the results.
+
+    A backbone that cannot be had is said; its trials will fail, and the others go on.
+    """
+    frozen, errors = {}, []
+    for network in networks(config):
+        model, fit = settings(config, network, Walk([]))
+        try:
+            package = initial_model(out, model, index.classes, fit.seed)
+        except FruitrayError as error:
+            errors.append(error)
+            say(f"tune: without {network}: {error}")
+            continue
+        out.write(f"layers/{network.backbone}.txt", layer_summary(package.model).encode())
+        if network.frozen:
+            frozen[network.backbone] = package
+    if len(errors) == len(networks(config)):
+        raise errors[0]
+    return frozen
 
 
-def _initial_models(
-    config: TuneConfig, out: Storage, classes: tuple[str, ...], trials: list[tuple[ModelConfig, FitConfig]]
-) -> dict[str, Package]:
-    """What the trials of each backbone start from."""
-    models = {model.backbone: model for model, _ in trials}
-    return {backbone: initial_model(out, model, classes, config.seed) for backbone, model in models.items()}
-
-
-def _search(
-    config: TuneConfig, out: Storage, trials: list[tuple[ModelConfig, FitConfig]], initial: dict[str, Package]
-) -> list[dict[str, Any]]:
-    """A row of `SCHEMA` per trial; trials that an earlier, broken run finished are not run again."""
-    space = {
-        "index": config.index,
-        "initial": {backbone: package.uri for backbone, package in initial.items()},
-        "cpus": config.cpus_per_trial,
-        "gpu": config.gpus_per_trial > 0,
-        "trial": tune.grid_search(
-            [
-                {"number": number, "model": asdict(model), "fit": asdict(fit_config)}
-                for number, (model, fit_config) in enumerate(trials)
-            ]
-        ),
-    }
-    trainable = tune.with_resources(_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
+def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
+    """The results of all trials; those that an earlier, broken run finished are not run again."""
+    shared = {"index": config.index, "out": out.uri, "folds": config.folds, "cpus": config.cpus_per_trial}
+    space: dict[str, Any] = {**shared, "gpu": config.gpus_per_trial > 0}
+    if config.search != "optuna":
+        space["trial"] = tune.grid_search([plain(n, trial) for n, trial in enumerate(draw_trials(config))])
+    trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
     path = f"{out.uri}/_ray/tune"
     if tune.Tuner.can_restore(path):
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=True, param_space=space)
     else:
-        scheduler = ASHAScheduler(max_t=config.epochs, grace_period=max(1, config.epochs // 4), reduction_factor=2)
         tuner = tune.Tuner(
             trainable,
             param_space=space,
-            tune_config=tune.TuneConfig(metric="accuracy", mode="max", scheduler=scheduler),
+            tune_config=tune.TuneConfig(
+                metric="accuracy",
+                mode="max",
+                scheduler=_asha(config) if config.scheduler == "asha" and not config.folds else None,
+                search_alg=_optuna(config) if config.search == "optuna" else None,
+                num_samples=config.trials if config.search == "optuna" else 1,
+            ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=f"{out.uri}/_ray", verbose=0, callbacks=[_Lines(len(trials))]
+                name="tune",
+                storage_path=f"{out.uri}/_ray",
+                verbose=0,
+                callbacks=[_Ends(), _Lines()],
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-    return [_row(trials, result) for result in tuner.fit()]
+    return list(tuner.fit())
 
 
-def _trial(space: dict[str, Any]) -> None:
-    """One trial, in a worker of its own: report after every epoch."""
-    start = time.perf_counter()
-    torch.set_num_threads(max(1, int(space["cpus"])))
-    chosen = space["trial"]
-    config, fit_config = ModelConfig(**chosen["model"]), FitConfig(**chosen["fit"])
-    index = read_index(space["index"])
-    initial = load_package(space["initial"][config.backbone]).model
-    model = skeleton(config, len(index.classes), initial.preprocessing)
-    model.load_state_dict(initial.state_dict())
-    device = pick_device(gpu=space["gpu"])
-    recipe = make_recipe(space["index"], index, model, fit_config, frozen=config.frozen, device=device)
-    total, trained = parameter_counts(model)
-    facts = {
-        "parameters": total,
-        "trained_parameters": trained,
-        "initial_state_hash": state_hash(model.state_dict()),
-    }
-    for epoch in fit(recipe.module.to(device), recipe.train, recipe.val, fit_config, device=device):
-        tune.report({**facts, **_measured(epoch), "seconds": time.perf_counter() - start})
+def _asha(config: TuneConfig) -> ASHAScheduler:
+    epochs = config.fit.epochs
+    return ASHAScheduler(time_attr="epochs", max_t=epochs, grace_period=max(1, epochs // 4), reduction_factor=2)
 
 
-def _measured(epoch: Epoch) -> dict[str, Any]:
-    low, high = wilson_interval(epoch.best_counts)
-    return {
-        "accuracy": epoch.best_accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "recalls": recalls(epoch.best_counts),
-        "best_epoch": epoch.best_number,
-        "epochs": epoch.number,
-        "images_per_s": epoch.images_per_s,
-    }
+def _optuna(config: TuneConfig) -> Any:
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(partial(_suggested, config), metric="accuracy", mode="max", seed=config.fit.seed)
+    except (ImportError, AssertionError) as error:
+        raise UsageError("--search optuna: needs Optuna: pip install fruitray[optuna]") from error
 
 
-def _row(trials: list[tuple[ModelConfig, FitConfig]], result: tune.Result) -> dict[str, Any]:
-    number = result.config["trial"]["number"]
-    model, fit_config = trials[number]
-    settings = {**asdict(fit_config), **asdict(model)}
-    row = {name: (result.metrics or {}).get(name, settings.get(name)) for name in SCHEMA.names}
-    return row | {"trial": number, "epochs": row["epochs"] if result.metrics else 0, "error": _reason(result.error)}
+def _suggested(config: TuneConfig, asked: Any) -> dict[str, Any]:
+    """What Optuna suggests, `asked` for one trial."""
+    compared = {str(network): network for network in networks(config)}
+    network = compared[asked.suggest_categorical("network", list(compared))]
+    return {"trial": plain(asked.number, Trial(*settings(config, network, _Suggestions(asked))))}
 
 
-def _reason(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
-    return str(find_ours(error) or str(error).strip().splitlines()[-1])
+class _Suggestions:
+    """Picks what Optuna suggests."""
+
+    def __init__(self, asked: Any) -> None:
+        self._asked = asked
+
+    def one_of(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._asked.suggest_categorical(name, choices)
+
+    def between(self, name: str, values: Sequence[float]) -> float:
+        return float(f"{self._asked.suggest_float(name, min(values), max(values), log=True):.3g}")
 
 
-def show_trials(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of trials (rows of `SCHEMA`), in the order given."""
-    show_table("trials, best first", [_shown(row) for row in rows])
+def plain(number: int, trial: Trial) -> dict[str, Any]:
+    """A trial as Tune carries it, and as `best.json` keeps it."""
+    return {"number": number, "axis": trial.axis, "model": asdict(trial.model), "fit": asdict(trial.fit)}
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a trial that fit on a screen."""
-    interval = "" if row["accuracy"] is None else f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
-    return {
-        "trial": row["trial"],
-        "backbone": row["backbone"],
-        "frozen": row["frozen"],
-        "rate": row["learning_rate"],
-        "batch": row["batch_size"],
-        "dropout": row["dropout"],
-        "accuracy": row["accuracy"],
-        "95% interval": interval,
-        "best epoch": f"{row['best_epoch']} of {row['epochs']}",
-        "seconds": row["seconds"],
-        "trained": row["trained_parameters"],
-        "started from": (row["initial_state_hash"] or "")[:8],
-        "error": row["error"],
-    }
+def _row(result: tune.Result) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of `SCHEMA`, and what of the trial `best.json` keeps."""
+    chosen = result.config["trial"]
+    known = {**chosen["fit"], **chosen["model"], "axis": chosen["axis"], **(result.metrics or {})}
+    row = {name: known.get(name) for name in SCHEMA.names}
+    trained = bool(known.get("epochs"))
+    row |= {"trial": chosen["number"], "right": unpack(known["right"], known["photos"]) if trained else None}
+    row |= {"accuracy": row["accuracy"] if trained else None, "epochs": row["epochs"] if trained else 0}
+    if result.error and not row["error"]:
+        row["error"] = reason(result.error)
+    return row, {"model": chosen["model"], "fit": chosen["fit"]}
+
+
+class _Ends(tune.Callback):  # type: ignore[misc]
+    """What is done when a trial ends: its checkpoint goes, so that the disk holds those of running trials only."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if result.get("error"):  # it would fail again: only a lost worker is worth another try
+            trial.max_failures = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._forget(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._forget(trial)
+
+    def _forget(self, trial: Any) -> None:
+        checkpoint = trial.checkpoint
+        if checkpoint:
+            with suppress(OSError):  # it is another's to clean up then; the results are safe
+                checkpoint.filesystem.delete_dir(checkpoint.path)
 
 
 class _Lines(tune.Callback):  # type: ignore[misc]
     """A line on the console for every trial that ends, and now and then for one that goes on."""
 
-    def __init__(self, trials: int) -> None:
-        self._trials, self._ended, self._last = trials, 0, time.monotonic()
+    def __init__(self) -> None:
+        self._last = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if time.monotonic() - self._last >= LOG_INTERVAL_S:
-            self._line(trial, f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far")
+        if time.monotonic() - self._last >= LOG_INTERVAL_S and not result.get("error"):
+            self._line(trials, trial, f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended += 1
         result = trial.last_result
-        self._line(trial, f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs")
+        said = f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs"
+        self._line(trials, trial, said)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended += 1
-        self._line(trial, "failed")
+        self._line(trials, trial, f"failed: {trial.last_result.get('error') or 'its worker was lost'}")
 
-    def _line(self, trial: Any, text: str) -> None:
+    def _line(self, trials: list[Any], trial: Any, text: str) -> None:
         self._last = time.monotonic()
-        number, model, fit_config = (trial.config["trial"][part] for part in ("number", "model", "fit"))
-        settings = f"learning rate {fit_config['learning_rate']}, batch {fit_config['batch_size']}"
-        said = f"{model['backbone']}{' frozen' if model['frozen'] else ''}, {settings}, dropout {model['dropout']}"
-        say(f"tune: {self._ended} of {self._trials} trials ended; number {number} ({said}): {text}")
+        number, model, fit = (trial.config["trial"][part] for part in ("number", "model", "fit"))
+        options = f"learning rate {fit['learning_rate']:.3g}, batch {fit['batch_size']}, dropout {model['dropout']}"
+        network = f"{model['backbone']}{' frozen' if model['frozen'] else ''}"
+        ended = sum(other.is_finished() for other in trials)
+        say(f"tune: {ended} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from PIL import Image
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, photo_set
-from tests.cluster import ROOT, Cluster
+from tests.cluster import Cluster
 
 PHOTOS = photo_set(30)
 """90 drawn photos, two of them corrupt."""
@@ -47,22 +45,15 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-ON_CPUS = (
-    "import ray, sys; from fruitray.cli import run_job; "
-    "ray.init(address='local', num_cpus=int(sys.argv[1]), object_store_memory=500_000_000, _temp_dir=sys.argv[2]); "
-    "sys.exit(run_job('prepare', sys.argv[3:]))"
-)
-
-
 def test_one_worker_and_four_write_the_same_index(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
     """Of so many photos that there are several tasks."""
     write(raw, photo_set(120))
     written = []
-    for cpus in ("1", "4"):
-        out, scratch = tmp_path / cpus, Path(cluster.environment["FRUITRAY_CACHE"]).parent / f"ray{cpus}"
-        arguments = [cpus, str(scratch), "--images", str(raw), "--out", str(out)]
-        environment = cluster.environment | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", ON_CPUS, *arguments], env=environment, check=True, capture_output=True)
+    for cpus in (1, 4):
+        out = tmp_path / str(cpus)
+        job = cluster.start_apart("prepare", "--images", str(raw), "--out", str(out), cpus=cpus)
+        printed, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, printed
         written.append((out / "index.parquet").read_bytes())
     assert written[0] == written[1]
 

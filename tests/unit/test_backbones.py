@@ -1,8 +1,10 @@
 """Behaviour of the networks: how big they are, where their weights come from, and what is refused."""
 
+import contextlib
 import hashlib
 import json
 import pickle
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -19,14 +21,49 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fruitray.backbones import Classifier, build, freeze, parameter_counts, skeleton
+from fruitray import backbones
+from fruitray.backbones import (
+    Classifier,
+    build,
+    freeze,
+    layer_summary,
+    parameter_counts,
+    parameter_groups,
+    skeleton,
+    trained_part,
+    unfreeze,
+)
 from fruitray.config import ModelConfig
 from fruitray.errors import ModelRejectedError, UsageError, WeightsError
-from fruitray.preprocess import Preprocessing
+from fruitray.package import load_package, save_package
+from fruitray.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, draw
 from fruitray.weights import state_hash
 
 TIMM = "timm/tf_efficientnetv2_b0"
+FAMILIES = {  # one of each, with a size at which it is quick
+    "alexnet": 64,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "googlenet": 64,
+    "inception_v3": 80,
+    "maxvit_t": 224,
+    "mnasnet0_5": 64,
+    "mobilenet_v3_small": 64,
+    "regnet_y_400mf": 64,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vgg11_bn": 64,
+    "vit_b_32": 224,
+    "wide_resnet50_2": 64,
+}
 
 
 def new(backbone: str, seed: int = 0, **settings: Any) -> Classifier:
@@ -60,6 +97,17 @@ def from_file(path: str, **settings: Any) -> Classifier:
     return new("mobilenet_v2", weights=path, image_size=64, **settings)
 
 
+def widths(head: nn.Module) -> list[tuple[int, int]]:
+    """(in, out) of the linear layers."""
+    return [(layer.in_features, layer.out_features) for layer in head.modules() if isinstance(layer, nn.Linear)]
+
+
+def step(model: Classifier) -> None:
+    """One forward and backward pass in training mode, over two photos."""
+    model.train()
+    torch.nn.functional.cross_entropy(model(photos(model.preprocessing.size, 2)), torch.tensor([0, 1])).backward()
+
+
 def first_layer(model: Classifier) -> list[Any]:
     return next(model.trunk.parameters()).tolist()
 
@@ -90,21 +138,63 @@ def test_the_small_convolutional_network_is_the_reports(dropout: float | None) -
 @pytest.mark.parametrize(("backbone", "embedding"), [("resnet50", 2048), ("vgg16", 4096)])
 def test_the_reports_head_has_two_layers_256_wide(backbone: str, embedding: int) -> None:
     model = new(backbone)
-    layers = [(layer.in_features, layer.out_features) for layer in model.head if isinstance(layer, nn.Linear)]
-    assert layers == [(embedding, 256), (256, 3)]
+    assert widths(model.head) == [(embedding, 256), (256, 3)]
     head = embedding * 256 + 256 + 256 * 3 + 3
     freeze(model)
     assert parameter_counts(model)[1] == head
 
 
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_any_torchvision_classifier_gets_a_head_that_fits_and_trains(backbone: str) -> None:
+    model = new(backbone, image_size=FAMILIES[backbone])
+    step(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    first, last = widths(model.head)
+    assert first[1] == last[0] == 256
+    with torch.inference_mode():
+        embeddings = model.eval().embed(photos(FAMILIES[backbone], 2))
+    assert embeddings.shape == (2, first[0])
+    assert embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize("backbone", ["googlenet", "squeezenet1_1", "mnasnet0_5"])
+def test_the_dropout_that_our_heads_bring_replaces_the_networks_own(backbone: str) -> None:
+    assert not any(isinstance(module, nn.Dropout) for module in new(backbone).trunk.modules())
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(None, 2), (0, 1), (48, 2)])
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", TIMM])
+def test_the_head_is_as_deep_as_was_asked_for(backbone: str, hidden: int | None, layers: int) -> None:
+    model = new(backbone, hidden=hidden)
+    width = widths(model.head)[0][0]
+    assert widths(model.head) == ([(width, hidden or 256), (hidden or 256, 3)] if layers == 2 else [(width, 3)])
+    assert isinstance(model.head[0], nn.LayerNorm)
+
+
+def test_the_reports_efficientnet_has_a_linear_head_unless_told_otherwise() -> None:
+    assert widths(new("efficientnet_b2").head) == widths(new("efficientnet_b2", hidden=0).head) == [(1408, 3)]
+    assert widths(new("efficientnet_b2", hidden=32).head) == [(1408, 32), (32, 3)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "hidden"), [("cnn_bn", None), ("mnasnet0_5", None), ("resnet18", 0), ("resnet18", 48), (TIMM, 48)]
+)
+def test_a_package_holds_the_head_it_was_given(tmp_path: Path, backbone: str, hidden: int | None) -> None:
+    config = ModelConfig(backbone=backbone, weights="none", hidden=hidden, image_size=64)
+    model, _ = build(config, 3, seed=1)
+    save_package(open_storage(str(tmp_path)), model, config, ("a", "b", "c"), {})
+    batch = photos(64)
+    assert torch.equal(logits(load_package(str(tmp_path)).model, batch), logits(model, batch))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.35])
-@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", TIMM])
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "cnn_bn", "mobilenet_v2", "vgg11_bn", TIMM])
 def test_dropout_is_what_was_asked_for(backbone: str, dropout: float) -> None:
     model = new(backbone, dropout=dropout, image_size=64)
     assert {layer.p for layer in model.head if isinstance(layer, nn.Dropout)} == {dropout}
 
 
-@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", TIMM])
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "cnn_bn", "mobilenet_v2", TIMM])
 def test_the_seed_fixes_every_bit(backbone: str) -> None:
     first, again, other = (state_hash(new(backbone, seed, image_size=64).state_dict()) for seed in (1, 1, 2))
     assert first == again != other
@@ -118,7 +208,7 @@ def test_building_leaves_the_callers_randomness_alone() -> None:
     assert torch.rand(4).tolist() == expected
 
 
-@pytest.mark.parametrize("backbone", ["mlp", "cnn", "mobilenet_v2", "resnet50", "efficientnet_b2", TIMM])
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "cnn_bn", "mobilenet_v2", "resnet50", "efficientnet_b2", TIMM])
 def test_a_skeleton_holds_the_weights_of_what_was_built(backbone: str) -> None:
     built = new(backbone, seed=1, image_size=64)
     model = Classifier(built.trunk, built.head, replace(built.preprocessing, crop=0.5, mean=(0.4, 0.5, 0.6)))
@@ -154,10 +244,119 @@ def test_freezing_leaves_the_head_to_train() -> None:
     assert parameter_counts(model) == (parameter_counts(new("mobilenet_v2"))[0], parameter_counts(model.head)[0])
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "vgg11_bn"])
+def test_training_the_head_leaves_a_frozen_trunk_as_it_was(backbone: str) -> None:
+    model = new(backbone, image_size=64)
+    freeze(model)
+    before, embeddings = state_hash(model.trunk.state_dict()), model.embed(photos(64))
+    step(model)
+    assert not any(module.training for module in model.trunk.modules())
+    assert all(module.training for module in model.head.modules())
+    assert state_hash(model.trunk.state_dict()) == before
+    assert torch.equal(model.embed(photos(64)), embeddings)
+    assert embeddings.grad_fn is None
+    assert all(parameter.grad is None for parameter in model.trunk.parameters())
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+
+
+def test_a_trunk_that_was_frozen_can_be_trained_after_all() -> None:
+    model = new("mobilenet_v2", image_size=64).train()
+    freeze(model)
+    unfreeze(model)
+    assert all(module.training for module in model.modules())
+    before = model.trunk.features[0][1].running_mean.clone()
+    step(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not torch.equal(model.trunk.features[0][1].running_mean, before)
+
+
+@pytest.mark.parametrize("change", [freeze, unfreeze])
+def test_freezing_does_not_start_training(change: Callable[[Classifier], None]) -> None:
+    model = new("cnn_bn", image_size=64).eval()
+    change(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_compiled_model_can_be_frozen_and_unfrozen() -> None:
+    model = new("cnn_bn", image_size=64)
+    compiled = torch.compile(model, backend="eager")
+    for change, trained in ((freeze, False), (unfreeze, True), (freeze, False)):
+        change(model)
+        model.zero_grad()
+        compiled(photos(64)).sum().backward()
+        assert model.head[1].weight.grad is not None
+        assert {parameter.grad is not None for parameter in model.trunk.parameters()} == {trained}
+
+
+def test_the_trained_part_is_told_in_words() -> None:
+    models = [new("mobilenet_v2", hidden=hidden) for hidden in (None, 0)]
+    assert {trained_part(model) for model in models} == {"whole network"}
+    for model in models:
+        freeze(model)
+    assert [trained_part(model) for model in models] == ["last two layers", "last layer"]
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.head, lambda model: model.trunk])
+def test_parameter_groups_hold_every_parameter_once(part: Callable[[Classifier], nn.Module]) -> None:
+    model = new("resnet18")
+    freeze(model)
+    module = part(model)
+    groups = parameter_groups(module, learning_rate=0.1, trunk_rate=0.5, weight_decay=0.01)
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, module.parameters()))
+    trunk = set(model.trunk.parameters()) if module is model else set()
+    for group in groups:
+        assert group["lr"] == 0.1 * group["rate"]
+        for parameter in group["params"]:
+            assert group["rate"] == (0.5 if parameter in trunk else 1)
+            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
+    torch.optim.AdamW(groups)
+
+
+def test_there_are_no_empty_parameter_groups() -> None:
+    groups = parameter_groups(nn.Linear(2, 2, bias=False), learning_rate=1.0, trunk_rate=1.0, weight_decay=0.0)
+    assert len(groups) == 1
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "cnn", "cnn_bn", "efficientnet_b2", "inception_v3", "vit_b_32", TIMM])
+def test_the_table_of_layers_adds_up(backbone: str) -> None:
+    model = new(backbone)
+    if backbone not in ("mlp", "cnn"):
+        freeze(model)
+    table = layer_summary(model)
+    totals = tuple(
+        int(re.search(rf"^{kind} params: ([\d,]+)$", table, re.M)[1].replace(",", ""))
+        for kind in ("Total", "Trainable")
+    )
+    assert totals == parameter_counts(model)
+    assert len(table.splitlines()) <= 60
+
+
+def test_the_table_of_layers_shows_the_reports_networks() -> None:
+    perceptron, small = layer_summary(new("mlp")), layer_summary(new("cnn"))
+    assert re.search(r"Linear.*\[1, 255\] +68,850,255", perceptron)
+    assert "Total params: 68,851,023" in perceptron
+    assert re.search(r"Conv2d.*\[1, 16, 144, 144\] +2,416", small)
+    assert "Total params: 9,966,691" in small
+
+
+def test_a_table_of_layers_leaves_the_model_alone() -> None:
+    model = new("mobilenet_v2", image_size=64)
+    step(model)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    before = state_hash(model.state_dict())
+    layer_summary(model)
+    assert state_hash(model.state_dict()) == before
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is grad for parameter, grad in zip(model.parameters(), gradients, strict=True))
+
+
 def test_preprocessing_comes_with_the_backbone_and_the_size_can_be_asked_for() -> None:
     given = new("efficientnet_b2").preprocessing
     assert (given.size, given.crop, given.interpolation) == (288, 1.0, "bicubic")
     assert new("resnet50", image_size=96).preprocessing == Preprocessing(size=96, crop=224 / 232)
+    assert new("cnn_bn").preprocessing == Preprocessing(size=128, crop=0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert new("cnn").preprocessing.size == new("mlp").preprocessing.size == 300
     timms = new(TIMM).preprocessing
     assert (timms.size, timms.crop, timms.interpolation) == (224, 0.875, "bicubic")
 
@@ -179,18 +378,81 @@ def test_state_hash_tells_names_types_shapes_and_values_apart() -> None:
     assert state_hash({"a": tensor.to(memory_format=torch.channels_last)}) == hashes[0]
 
 
-@pytest.mark.parametrize("backbone", ["resnet5", "timm/no_such_net", "timm/resnet18.no_such_tag", ""])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        *("resnet5", "timm/no_such_net", "timm/resnet18.no_such_tag", ""),
+        *("fasterrcnn_resnet50_fpn", "deeplabv3_resnet50", "quantized_resnet50", "r3d_18", "raft_small"),
+    ],
+)
 def test_an_unknown_backbone_is_refused_by_name(backbone: str) -> None:
     with pytest.raises(UsageError, match=f"--backbone {backbone}"):
         new(backbone)
 
 
-def test_a_network_of_one_size_takes_no_other() -> None:
-    with pytest.raises(UsageError, match="image-size 64"):
-        new("timm/vit_tiny_patch16_224", image_size=64)
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("cnnbn", "cnn_bn"), ("timm/resnet_18", "timm/resnet18")],
+)
+def test_names_near_an_unknown_one_are_told(wrong: str, right: str) -> None:
+    with pytest.raises(UsageError, match=rf"did you mean .*\b{right}\b"):
+        new(wrong)
 
 
-@pytest.mark.parametrize("settings", [{"dropout": 1.0}, {"image_size": 8}, {"frozen": True, "backbone": "cnn"}])
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("timm/vit_tiny_patch16_224", 64), ("vit_b_32", 256), ("maxvit_t", 448), ("inception_v3", 64), ("alexnet", 32)],
+)
+def test_a_network_takes_only_sizes_it_can_compute(backbone: str, size: int) -> None:
+    with pytest.raises(UsageError, match=f"image-size {size}: {backbone} takes"):
+        new(backbone, image_size=size)
+
+
+@pytest.mark.parametrize("file", ["m.pth", "m.safetensors"])
+@pytest.mark.parametrize(
+    ("backbone", "place"),
+    [
+        ("googlenet", "fc"),
+        ("inception_v3", "fc"),
+        ("mnasnet0_5", "classifier.1"),
+        ("densenet121", "classifier"),
+        ("squeezenet1_1", "classifier.1"),
+    ],
+)
+def test_official_files_make_the_official_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, place: str, file: str
+) -> None:
+    """With auxiliary heads, with names of old, without versions."""
+    auxiliary = backbone in ("googlenet", "inception_v3")
+    settings = {"aux_logits": True, "transform_input": True, "init_weights": False} if auxiliary else {}
+    official = torchvision.models.get_model(backbone, **settings).eval()
+    state = official.state_dict()
+    if backbone == "densenet121":
+        for name in list(state):
+            state[re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name)] = state.pop(name)
+    save_file(dict(state), tmp_path / file) if file.endswith("safetensors") else torch.save(state, tmp_path / file)
+    model = new(backbone, weights=str(tmp_path / file), image_size=96)
+    official.set_submodule(place, nn.Identity())
+    monkeypatch.setattr(backbones, "autocast", lambda device: contextlib.nullcontext())
+    batch = photos(96)
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.inference_mode():
+        expected = official((batch / 255 - mean) / std)
+        assert expected.std() > 0
+        torch.testing.assert_close(model.eval().embed(batch), expected, rtol=1e-3, atol=1e-4 * float(expected.std()))
+
+
+def test_a_size_that_comes_with_the_weights_must_fit_too(tmp_path: Path) -> None:
+    state = torchvision.models.googlenet(aux_logits=False, init_weights=False).state_dict()
+    save_file(state, tmp_path / "m.safetensors")
+    (tmp_path / "m.json").write_text('{"size": 8}')
+    with pytest.raises(UsageError, match="image-size 8: googlenet takes 15 at least"):
+        new("googlenet", weights=str(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 1.0}, {"image_size": 8}, {"hidden": -1}, {"frozen": True, "backbone": "cnn"}]
+)
 def test_a_config_refuses_nonsense_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(settings)).replace('_', '-')}"):
         ModelConfig(**settings)

@@ -24,12 +24,13 @@ EXAMPLES, SIZE = 23, 16
 def batches(**settings: Any) -> Batches:
     """Example i has input and label i."""
     numbers = torch.arange(EXAMPLES)
-    return Batches(**{"inputs": numbers[:, None].float(), "labels": numbers, "batch_size": 5, **settings})
+    plain = {"inputs": numbers[:, None].float(), "labels": numbers, "rows": numbers, "classes": EXAMPLES}
+    return Batches(**{**plain, "batch_size": 5, **settings})
 
 
 def seen(batches: Batches, number: int = 1) -> list[list[int]]:
     """The labels of each batch of an epoch."""
-    return [labels.tolist() for _, labels, _ in batches.epoch(number)]
+    return [labels.tolist() for _, labels, *_ in batches.epoch(number)]
 
 
 def mirrored(number: int = 1, **settings: Any) -> dict[int, bool]:
@@ -39,7 +40,7 @@ def mirrored(number: int = 1, **settings: Any) -> dict[int, bool]:
     shown = batches(inputs=photos, policy="mirror", **settings).epoch(number)
     return {
         label: was
-        for inputs, labels, _ in shown
+        for inputs, labels, *_ in shown
         for label, was in zip(labels.tolist(), (inputs[:, 0, 0, 1] > 0).tolist(), strict=True)
     }
 
@@ -98,11 +99,11 @@ def test_the_global_batches_do_not_depend_on_the_number_of_workers(world: int) -
 def test_every_worker_knows_the_size_of_the_global_batch(world: int) -> None:
     alone = [len(labels) for labels in seen(batches())]
     for rank in range(world):
-        assert [together for _, _, together in batches(rank=rank, world=world).epoch(1)] == alone
+        assert [together for _, _, together, _ in batches(rank=rank, world=world).epoch(1)] == alone
 
 
 def test_inputs_stay_with_their_labels() -> None:
-    for inputs, labels, _ in batches(shuffle=True).epoch(1):
+    for inputs, labels, *_ in batches(shuffle=True).epoch(1):
         assert inputs[:, 0].tolist() == labels.tolist()
 
 
@@ -113,6 +114,27 @@ def test_an_epoch_is_cut_evenly(batch_size: int) -> None:
     assert len(sizes) == len(cut)
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("policy", ["none", "flips+erase", "eightfold", "report+mixup"])
+def test_of_many_photos_those_of_the_rows_are_shown_as_if_all_were(policy: str) -> None:
+    """What a photo becomes does not depend on which others are trained on, unless it is mixed with them."""
+    rows = torch.tensor([3, 8, 9, 20])
+    some = photo_batches(policy, rows=rows, batch_size=100)
+    shown = list(some.epoch(1))
+    assert torch.cat([batch.examples for batch in shown]).sort().values.tolist() == list(range(some.examples))
+    if "mixup" not in policy:
+        assert set(seen_photos(some)) <= set(seen_photos(photo_batches(policy)))
+    labels = torch.cat([batch.labels for batch in shown])
+    present = labels.sum(0).nonzero()[:, 0] if "mixup" in policy else labels.unique()
+    assert present.tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_batch_names_its_examples(world: int) -> None:
+    for rank in range(world):
+        for batch in batches(rank=rank, world=world, shuffle=True).epoch(2):
+            assert batch.examples.tolist() == batch.labels.tolist()
 
 
 def test_unshuffled_examples_come_in_order() -> None:
@@ -149,7 +171,7 @@ def test_about_half_of_the_photos_are_mirrored() -> None:
 def test_mirroring_leaves_the_kept_photos_alone() -> None:
     photos = torch.arange(EXAMPLES * 12, dtype=torch.uint8).reshape(EXAMPLES, 3, 2, 2)
     before = photos.clone()
-    for inputs, labels, _ in batches(inputs=photos, policy="mirror").epoch(1):
+    for inputs, labels, *_ in batches(inputs=photos, policy="mirror").epoch(1):
         for photo, label in zip(inputs, labels, strict=True):
             assert any(torch.equal(photo, seen) for seen in (before[label], before[label].flip(2)))
     assert torch.equal(photos, before)
@@ -162,12 +184,12 @@ def photo_batches(policy: str, **settings: Any) -> Batches:
     """Random photos, each of a class of its own, so that a target tells who is in it."""
     generator = torch.Generator().manual_seed(0)
     photos = torch.randint(256, (EXAMPLES, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return batches(**{"inputs": photos, "policy": policy, "classes": EXAMPLES, "shuffle": True, **settings})
+    return batches(**{"inputs": photos, "policy": policy, "shuffle": True, **settings})
 
 
 def seen_photos(batches: Batches, number: int = 1) -> list[tuple[bytes, bytes]]:
     """Every photo of an epoch with its label, as bytes, in no order."""
-    shown = [pair for inputs, labels, _ in batches.epoch(number) for pair in zip(inputs, labels, strict=True)]
+    shown = [pair for inputs, labels, *_ in batches.epoch(number) for pair in zip(inputs, labels, strict=True)]
     return sorted((photo.numpy().tobytes(), label.numpy().tobytes()) for photo, label in shown)
 
 
@@ -192,10 +214,16 @@ def test_eightfold_shows_each_photo_eight_times() -> None:
     """The report: 4,141 photos, of which 3,312 train, so 26,496 training examples."""
     photos = torch.arange(3312 * 3, dtype=torch.int16).reshape(-1, 3, 1, 1).to(torch.uint8).expand(-1, -1, 2, 2)
     train = Batches(
-        inputs=photos, labels=torch.arange(3312), batch_size=1024, shuffle=True, policy="eightfold", classes=3312
+        inputs=photos,
+        labels=torch.arange(3312),
+        rows=torch.arange(3312),
+        classes=3312,
+        batch_size=1024,
+        shuffle=True,
+        policy="eightfold",
     )
     counts = torch.zeros(3312, dtype=torch.int64)
-    for inputs, labels, together in train.epoch(1):
+    for inputs, labels, together, _ in train.epoch(1):
         assert torch.equal(inputs, photos[labels]), "plain photos stay plain, so photos stay with their labels"
         assert len(inputs) == together <= 1024
         counts += torch.bincount(labels, minlength=3312)
@@ -221,8 +249,8 @@ def test_each_photo_is_mixed_with_one_of_its_global_batch(policy: str, world: in
         for one in (photo_batches(policy, **settings), plain)
     ]
     for mixed, alone in zip(*(zip(*shares, strict=True) for shares in workers), strict=True):
-        firsts = torch.cat([labels for _, labels, _ in alone])
-        targets = torch.cat([labels for _, labels, _ in mixed])
+        firsts = torch.cat([labels for _, labels, *_ in alone])
+        targets = torch.cat([labels for _, labels, *_ in mixed])
         assert targets.dtype == torch.float32
         assert targets.shape == (len(firsts), EXAMPLES)
         torch.testing.assert_close(targets.sum(1), torch.ones(len(firsts)))
@@ -240,14 +268,14 @@ def test_a_target_says_how_much_of_each_photo_is_there(policy: str) -> None:
     """Photos of one grey each, which the augmented share of the pixels must add up to."""
     greys = torch.arange(EXAMPLES) * 11
     plain = greys.byte()[:, None, None, None].expand(-1, 3, 8, 8)
-    for inputs, targets, _ in photo_batches(policy, inputs=plain).epoch(1):
+    for inputs, targets, *_ in photo_batches(policy, inputs=plain).epoch(1):
         torch.testing.assert_close(inputs.float().mean((1, 2, 3)), targets @ greys.float(), rtol=0, atol=0.51)
 
 
 @pytest.mark.parametrize("policy", ["none", "trivial", "mirror+mixup", "eightfold"])
 def test_a_batch_is_on_its_device(policy: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for inputs, labels, _ in photo_batches(policy, device=device).epoch(1):
+    for inputs, labels, *_ in photo_batches(policy, device=device).epoch(1):
         assert inputs.device.type == labels.device.type == device.type
         assert inputs.dtype == torch.uint8
 

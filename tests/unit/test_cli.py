@@ -68,7 +68,7 @@ def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
     )
     parsed = parse("train", ["--index", "i", "--out", "o", "--config", str(best), "--epochs", "7"])
     assert parsed.model == ModelConfig(backbone="cnn", weights="none")
-    assert parsed.fit == FitConfig(batch_size=8, epochs=7)
+    assert parsed.fit == FitConfig(batch_size=8, epochs=7, learning_rate=1e-4), "the rate that suits cnn"
 
 
 @pytest.mark.parametrize(

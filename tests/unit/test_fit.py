@@ -1,6 +1,7 @@
 """Behaviour of the training loop, over toys of a few numbers."""
 
 import io
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from fruitray.backbones import Classifier, freeze
 from fruitray.batches import Batches
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError
 from fruitray.fit import Epoch, evaluate, fit
+from fruitray.metrics import confusion
+from fruitray.preprocess import Preprocessing
 
 CPU = torch.device("cpu")
 PLAIN = FitConfig(epochs=6, batch_size=16, learning_rate=0.02, patience=6, label_smoothing=0.0)
@@ -26,7 +30,8 @@ def clouds(sample: int, examples: int = 120, spread: float = 0.3, **settings: An
     labels = torch.arange(examples) % 3
     centres = torch.tensor([[0.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     points = centres[labels] + spread * torch.randn(examples, 2, generator=generator)
-    return Batches(**{"inputs": points, "labels": labels, "batch_size": 16, **settings})
+    plain = {"inputs": points, "labels": labels, "rows": torch.arange(examples), "classes": 3, "batch_size": 16}
+    return Batches(**{**plain, **settings})
 
 
 def misleading() -> Batches:
@@ -85,8 +90,8 @@ def test_the_best_epochs_weights_are_restored() -> None:
     assert best is not epochs[-1]
     assert epochs[-1].best_number == best.number
     assert epochs[-1].best_accuracy == best.accuracy
-    loss, counts = evaluate(module, misleading(), CPU)
-    assert (loss, counts.tolist()) == (best.val_loss, best.counts.tolist())
+    loss, predictions = evaluate(module, misleading(), CPU)
+    assert (loss, predictions.tolist()) == (best.val_loss, epochs[-1].best_predictions.tolist())
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -110,7 +115,9 @@ def test_augmented_photos_are_learned(policy: str) -> None:
     """Bright and dark photos; mixed ones have two labels."""
     labels = torch.arange(60) % 2
     photos = (40 + 160 * labels.byte())[:, None, None, None].expand(-1, 3, 8, 8)
-    train = Batches(inputs=photos, labels=labels, batch_size=16, shuffle=True, policy=policy, classes=2)
+    train = Batches(
+        inputs=photos, labels=labels, rows=torch.arange(60), classes=2, batch_size=16, shuffle=True, policy=policy
+    )
     module = nn.Sequential(Scale(), nn.Flatten(), nn.Linear(192, 2))
     val = replace(train, policy="none")
     assert list(training(module, replace(PLAIN, epochs=10), train=train, val=val))[-1].best_accuracy == 1
@@ -137,6 +144,172 @@ def test_a_resumed_run_equals_an_undisturbed_one(stop: int) -> None:
     found += [measured(epoch) for epoch in training(second, resume=state)]
     assert found == expected
     assert weights(second) == weights(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema": 0.9},
+        {"optimizer": "sgd"},
+        {"optimizer": "adam", "schedule": "constant"},
+        {"accumulate": 3, "warmup": 0.3},
+    ],
+)
+def test_whatever_the_options_a_resumed_run_equals_an_undisturbed_one(options: dict[str, Any]) -> None:
+    config = replace(PLAIN, **options)
+    undisturbed, first, second = (network(dropout=0.3) for _ in range(3))
+    expected = [measured(epoch) for epoch in training(undisturbed, config)]
+    state = next(through_a_file(epoch.state) for epoch in training(first, config) if epoch.number == 2)
+    assert [measured(epoch) for epoch in training(second, config, resume=state)] == expected[2:]
+    assert weights(second) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_every_optimizer_learns_the_toy(optimizer: str, schedule: str) -> None:
+    config = replace(PLAIN, optimizer=optimizer, schedule=schedule, warmup=0.1)
+    assert list(training(network(), config))[-1].best_accuracy > 0.95
+
+
+def test_a_step_in_parts_is_the_step() -> None:
+    """Without batch norm, which sees the parts alone."""
+    whole, parts = (nn.Sequential(network()[0], nn.Tanh(), network()[4]) for _ in range(2))
+    expected = list(training(whole))
+    found = list(training(parts, replace(PLAIN, accumulate=5)))
+    for one, other in zip(expected, found, strict=True):
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_average_is_what_is_validated_and_kept() -> None:
+    """Under a constant learning rate the weights keep jumping about; their average does not."""
+    config = replace(PLAIN, epochs=12, patience=12, schedule="constant", learning_rate=0.2)
+    last, average = network(), network()
+    rough = [epoch.val_loss for epoch in training(last, config)]
+    smooth = [epoch.val_loss for epoch in training(average, replace(config, ema=0.98))]
+    assert sum(smooth[4:]) < sum(rough[4:])
+    loss, _ = evaluate(average, clouds(2), CPU)
+    assert loss in smooth
+
+
+def test_a_rare_class_weighs_as_much_as_the_others() -> None:
+    """Two overlapping clouds of 190 and 10: who counts photos never says the rare class, who counts classes does."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(200) >= 190).long()
+    points = labels[:, None] * 1.0 + torch.randn(200, 2, generator=generator)
+    toy = {"inputs": points, "labels": labels, "rows": torch.arange(200), "classes": 2, "batch_size": 50}
+    found = []
+    for weighed in (False, True):
+        config = replace(PLAIN, class_weights=weighed, epochs=20, patience=20)
+        [*_, last] = training(nn.Linear(2, 2), config, train=Batches(**toy, shuffle=True), val=Batches(**toy))
+        found.append(last.counts[1, 1].item() / 10)
+    assert found[0] < 0.3
+    assert found[1] > 0.5
+
+
+def test_clipped_gradients_move_the_weights_less() -> None:
+    """With plain steps; Adam's do not depend on the size of gradients."""
+    moved = []
+    for norm in (0.0, 0.01):
+        module = nn.Linear(2, 3)
+        before = module.weight.detach().clone()
+        list(training(module, replace(PLAIN, optimizer="sgd", epochs=1, clip_norm=norm, weight_decay=0.0)))
+        moved.append(float((module.weight - before).norm().detach()))
+    assert moved[1] < moved[0] / 5
+
+
+def test_the_warm_up_starts_with_small_steps() -> None:
+    def first_move(warmup: float) -> float:
+        module = network()
+        before = module[0].weight.detach().clone()
+        next(training(module, replace(PLAIN, epochs=20, warmup=warmup)))
+        return float((module[0].weight - before).norm().detach())
+
+    assert first_move(0.9) < first_move(0.0) / 3
+
+
+def photos_and_model(**settings: Any) -> tuple[Batches, Classifier]:
+    """Bright and dark photos, and a small classifier with a normalised trunk."""
+    labels = torch.arange(60) % 2
+    photos = (40 + 160 * labels.byte())[:, None, None, None].expand(-1, 3, 8, 8)
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = Classifier(trunk, nn.Linear(4, 2), Preprocessing(size=8))
+    toy = {"inputs": photos, "labels": labels, "rows": torch.arange(60), "classes": 2, "batch_size": 16}
+    return Batches(**{**toy, "shuffle": True, **settings}), model
+
+
+def test_the_head_is_trained_first_and_then_all_of_it() -> None:
+    train, model = photos_and_model()
+    moved = []
+    before = weights(model)
+    for _ in training(model, replace(PLAIN, epochs=5, head_epochs=2), train=train, val=train):
+        after = weights(model)
+        moved.append({name.partition(".")[0] for name in after if after[name] != before[name]})
+        before = after
+    assert moved == [{"head"}] * 2 + [{"head", "trunk"}] * 3
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_staged_run_resumes_in_its_stage(stop: int) -> None:
+    config = replace(PLAIN, epochs=5, head_epochs=2, ema=0.5)
+    runs = []
+    for _ in range(3):
+        train, model = photos_and_model()
+        runs.append((model, lambda model=model, train=train, **s: training(model, config, train=train, val=train, **s)))
+    (undisturbed, calm), (_, broken), (second, resumed) = runs
+    expected = [measured(epoch) for epoch in calm()]
+    state = next(through_a_file(epoch.state) for epoch in broken() if epoch.number == stop)
+    assert [measured(epoch) for epoch in resumed(resume=state)] == expected[stop:]
+    assert weights(second) == weights(undisturbed)
+
+
+def test_a_frozen_trunk_stays_frozen_through_all_stages() -> None:
+    train, model = photos_and_model()
+    freeze(model)
+    before = weights(model.trunk)
+    list(training(model, replace(PLAIN, head_epochs=1), train=train, val=train))
+    assert weights(model.trunk) == before
+
+
+def test_the_trunk_learns_at_its_own_rate() -> None:
+    moved = []
+    for rate in (1.0, 1e-4):
+        train, model = photos_and_model()
+        before = model.trunk[0].weight.detach().clone()
+        list(training(model, replace(PLAIN, trunk_rate=rate, weight_decay=0.0), train=train, val=train))
+        moved.append(float((model.trunk[0].weight - before).norm().detach()))
+    assert moved[1] < moved[0] / 100
+
+
+def test_a_loss_that_is_no_number_ends_a_long_epoch_early() -> None:
+    train = clouds(1, examples=3000, batch_size=1)
+    train.inputs[40] = float("nan")
+    seen = []
+    module = network()[0:1]
+    module.append(nn.Linear(16, 3))
+    module.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(DivergedError):
+        list(training(module, train=train))
+    assert len(seen) < 200
+
+
+def test_the_predictions_are_the_best_epochs() -> None:
+    val = misleading()
+    epochs = list(training(network(), val=val))
+    predicted = epochs[-1].best_predictions
+    assert torch.equal(confusion(predicted, val.labels, 3), epochs[-1].best_counts)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_the_same() -> None:
+    plain, compiled = network(), network()
+    expected = list(training(plain, replace(PLAIN, epochs=2)))
+    found = list(training(compiled, replace(PLAIN, epochs=2, compile=True)))
+    for one, other in zip(expected, found, strict=True):
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-3)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
 def test_resuming_a_finished_run_only_restores_the_best_weights() -> None:

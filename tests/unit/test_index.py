@@ -114,23 +114,29 @@ def test_an_index_leads_to_the_photos_of_each_split(tmp_path: Path) -> None:
     assert index.rows("test") == ([], [])
 
 
+def test_the_pool_is_train_and_val_in_index_order() -> None:
+    index = Index(index_of(ROWS, folds=3, test_fraction=0.2), "/p", "")
+    used = [row for row in index.table.to_pylist() if row["split"] in ("train", "val")]
+    pool = index.pool()
+    assert [entry.key for entry in pool.entries] == [row["uri"].removeprefix("/p/") for row in used]
+    assert [(entry.size, entry.etag) for entry in pool.entries] == [(row["bytes"], row["etag"]) for row in used]
+    assert [index.classes[number] for number in pool.labels] == [row["label"] for row in used]
+    assert (pool.splits, pool.folds) == ([row["split"] for row in used], [row["fold"] for row in used])
+    assert set(pool.folds) == {0, 1, 2}
+    assert len(set(pool.groups)) == len({row["group"] or row["sha256"] for row in used})
+    assert index.rows("test")[0]
+    for split in ("train", "val"):
+        assert [entry for entry, its in zip(pool.entries, pool.splits, strict=True) if its == split] == index.rows(
+            split
+        )[0]
+
+
 def test_a_class_that_no_split_has_is_no_class() -> None:
     table = index_of(ROWS)
     assert Index(table, "/p", "").classes == ("apple", "pear")
     assert Index(
         table.filter(pa.array([label != "pear" for label in table["label"].to_pylist()])), "/p", ""
     ).classes == ("apple",)
-
-
-def test_class_weights_make_every_class_weigh_alike() -> None:
-    index = Index(index_of([*singles("apple", 40), *singles("pear", 20), *singles("kiwi", 10)]), "/p", "")
-    _, labels = index.rows("train")
-    train = [labels.count(number) for number in range(3)]  # apple, kiwi, pear
-    assert train == [32, 8, 16]
-    assert index.class_weights() == pytest.approx([56 / (3 * 32), 56 / (3 * 8), 56 / (3 * 16)])
-    shares = [weight * count for weight, count in zip(index.class_weights(), train, strict=True)]
-    assert shares == pytest.approx([shares[0]] * 3)
-    assert sum(shares) == pytest.approx(56)
 
 
 def parquet(table: pa.Table) -> bytes:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from fruitray.metrics import accuracy, confusion, precisions, recalls, wilson_interval
+from fruitray.metrics import accuracy, confusion, distinguishable, precisions, recalls, wilson_interval
 
 
 def scored(examples: int = 200, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,18 +39,20 @@ def test_the_interval_stays_within_reason() -> None:
 
 def test_counts_of_parts_add_up() -> None:
     logits, labels = scored()
-    parts = [confusion(logits[chosen], labels[chosen]) for chosen in torch.arange(len(labels)).tensor_split(7)]
-    assert torch.equal(sum(parts), confusion(logits, labels))
+    predicted = logits.argmax(dim=1)
+    parts = [confusion(predicted[some], labels[some], 4) for some in torch.arange(len(labels)).tensor_split(7)]
+    assert torch.equal(sum(parts), confusion(predicted, labels, 4))
 
 
 def test_an_empty_part_counts_nothing() -> None:
-    assert confusion(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).tolist() == [[0, 0, 0]] * 3
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert confusion(nothing, nothing, 3).tolist() == [[0, 0, 0]] * 3
 
 
 def test_everything_agrees_with_scikit_learn() -> None:
     logits, labels = scored()
     predicted = logits.argmax(dim=1)
-    counts = confusion(logits, labels)
+    counts = confusion(predicted, labels, 4)
     assert counts.tolist() == reference.confusion_matrix(labels, predicted, labels=range(4)).tolist()
     assert accuracy(counts) == pytest.approx(reference.accuracy_score(labels, predicted))
     settings = {"labels": range(4), "average": None, "zero_division": 0}
@@ -60,3 +62,16 @@ def test_everything_agrees_with_scikit_learn() -> None:
 
 def test_no_examples_are_no_accuracy() -> None:
     assert accuracy(torch.zeros(3, 3, dtype=torch.int64)) == 0
+
+
+def trues(*runs: tuple[int, bool]) -> torch.Tensor:
+    return torch.cat([torch.full((count,), value) for count, value in runs])
+
+
+def test_models_are_told_apart_by_the_photos_that_only_one_gets_right() -> None:
+    """10 against 2: the two-sided binomial test's 2 * (1 + 12 + 66) / 2^12; photos that both get right say nothing."""
+    first = trues((10, True), (2, False), (500, True))
+    second = trues((10, False), (2, True), (500, True))
+    assert distinguishable(first, second) == pytest.approx(2 * 79 / 4096)
+    assert distinguishable(second, first) == distinguishable(first, second)
+    assert distinguishable(first, first) == 1

@@ -1,0 +1,149 @@
+"""One trial of a search, in a worker of its own: reports after every epoch, and goes on where it was broken off."""
+
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ray import tune
+
+from fruitray.backbones import parameter_counts, pick_device, skeleton, trained_part
+from fruitray.cluster.embed import initial_model
+from fruitray.config import FitConfig, ModelConfig
+from fruitray.errors import find_ours
+from fruitray.fit import fit
+from fruitray.index import Index, read_index
+from fruitray.metrics import accuracy, confusion, recalls, wilson_interval
+from fruitray.package import Package
+from fruitray.recipe import make_recipe
+from fruitray.split import cross_validation
+from fruitray.storage import open_storage
+from fruitray.trials import pack
+
+CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_SHARE = 0.1
+"""Of its time, a trial spends so much on checkpoints at most: a large network, or a slow storage, has fewer."""
+
+
+def run_trial(space: dict[str, Any]) -> None:
+    """Train the trial that `space` describes, reporting to Tune. A failure is reported before it is raised."""
+    torch.set_num_threads(max(1, int(space["cpus"])))
+    last: dict[str, Any] = {"accuracy": 0.0, "epochs": 0}
+    saved, cost = time.monotonic(), 1.0
+    try:
+        for last, state in train(space, _read_checkpoint()):
+            start = time.monotonic()
+            if cost > CHECKPOINT_SHARE * (start - saved):
+                tune.report(last)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save(state, os.path.join(folder, CHECKPOINT))
+                tune.report(last, checkpoint=tune.Checkpoint.from_directory(folder))
+            saved = time.monotonic()
+            cost = saved - start
+    except Exception as error:
+        tune.report({**last, "error": reason(error)})
+        raise
+
+
+def reason(error: BaseException) -> str:
+    """Why a trial failed, in one sentence."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: try a smaller --batch-size, or --accumulate 2"
+    return str(find_ours(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])
+
+
+def _read_checkpoint() -> dict[str, Any] | None:
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(os.path.join(folder, CHECKPOINT), map_location="cpu", weights_only=True)
+    return state
+
+
+def train(
+    space: dict[str, Any], state: dict[str, Any] | None = None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """After each epoch: what was measured, and the state to go on from, which is live: save it at once."""
+    state = state or {"fold": 0, "fit": None, "predictions": [], "epochs": 0, "seconds": 0.0}
+    start, spent = time.perf_counter(), state["seconds"]
+    config, fit_config = ModelConfig(**space["trial"]["model"]), FitConfig(**space["trial"]["fit"])
+    index = read_index(space["index"])
+    initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
+    device = pick_device(gpu=space["gpu"])
+    labels, parts = torch.tensor(index.pool().labels), _held_out(index, space["folds"], fit_config.seed)
+    truth = [labels[part] for part in parts]
+    for fold in range(state["fold"], len(parts)):
+        model = _copy(initial, config, len(index.classes))
+        held_out = parts[fold] if space["folds"] else None
+        recipe = make_recipe(
+            space["index"], index, model, fit_config, frozen=config.frozen, validation=held_out, device=device
+        )
+        facts = _facts(recipe.model.to(device), initial)
+        resume, done = state["fit"], state["predictions"][:fold]
+        before = state["epochs"] - (resume["number"] if resume else 0)
+        for epoch in fit(recipe.module, recipe.train, recipe.val, fit_config, device=device, resume=resume):
+            state = {
+                "fold": fold,
+                "fit": epoch.state,
+                "predictions": [*done, epoch.best_predictions],
+                "epochs": before + epoch.number,
+                "seconds": spent + time.perf_counter() - start,
+            }
+            measured = _measured(state["predictions"], truth[: fold + 1], len(index.classes))
+            known = {"epochs": state["epochs"], "seconds": state["seconds"], "peak_memory": _peak_memory(device)}
+            speed = {"best_epoch": epoch.best_number, "images_per_s": epoch.images_per_s}
+            yield {**facts, **measured, **known, **speed}, state
+        state = {**state, "fit": None}
+
+
+def _held_out(index: Index, folds: int, seed: int) -> list[torch.Tensor]:
+    """Of each fold (N,) bool: which photos of the pool are held out; without folds, of the index's split."""
+    pool = index.pool()
+    if not folds:
+        return [torch.tensor([split == "val" for split in pool.splits])]
+    numbers = torch.tensor(cross_validation(pool, folds, seed))
+    return [numbers == fold for fold in range(folds)]
+
+
+def _copy(initial: Package, config: ModelConfig, classes: int) -> Any:
+    model = skeleton(config, classes, initial.model.preprocessing)
+    model.load_state_dict(initial.model.state_dict())
+    return model
+
+
+def _facts(model: Any, initial: Package) -> dict[str, Any]:
+    total, trained = parameter_counts(model)
+    return {
+        "part": trained_part(model),
+        "parameters": total,
+        "trained_parameters": trained,
+        "initial_state_hash": initial.description["state_hash"],
+    }
+
+
+def _measured(predictions: list[torch.Tensor], truth: list[torch.Tensor], classes: int) -> dict[str, Any]:
+    """Over all folds so far, each at its best epoch."""
+    counts = [confusion(*fold, classes) for fold in zip(predictions, truth, strict=True)]
+    together = torch.stack(counts).sum(0)
+    low, high = wilson_interval(together)
+    return {
+        "accuracy": accuracy(together),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "fold_accuracies": [accuracy(fold) for fold in counts],
+        "recalls": recalls(together),
+        "right": pack(torch.cat(predictions) == torch.cat(truth)),
+        "photos": int(together.sum()),
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,87 @@
+"""Embedding on a real cluster: what a killed job had made stays, and jobs at the same work take turns."""
+
+import io
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from fruitray.storage import Storage, open_storage
+from fruitray.synthetic import photo_set
+from tests.cluster import Cluster
+
+BLOCK = 128
+COPIES = 24
+"""Of each of 58 photos: drawing takes longer than embedding."""
+USED = 58 * COPIES
+
+
+@pytest.fixture
+def place(aws: str, cluster: Cluster) -> str:
+    """A prefix with photos below raw/ and their index below index/."""
+    root = f"s3://{aws}"
+    bucket = open_storage(root)
+    drawn = [(Path(key), data) for key, data in photo_set(20).items()]
+    files = [(f"raw/{key.parent}/{copy}-{key.name}", data) for key, data in drawn for copy in range(COPIES)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda file: bucket.write(*file), files))
+    code, printed = cluster.run("prepare", *places(root))
+    assert code == 0, printed
+    return root
+
+
+def places(root: str) -> tuple[str, ...]:
+    return ("--images", f"{root}/raw", "--out", f"{root}/index", "--duplicates", "keep-all")
+
+
+def probe(root: str, weights: Path, size: int) -> tuple[str, ...]:
+    return (*places(root), "--probe", "mobilenet_v2", "--weights", str(weights), "--image-size", str(size))
+
+
+def kept(beside: Storage) -> dict[str, int]:
+    """The parts that stand, and the rows of each."""
+    parts = {entry.key: beside.read(entry.key) for entry in beside.list("features/")}
+    return {key: pq.ParquetFile(io.BytesIO(data)).metadata.num_rows for key, data in parts.items()}
+
+
+def embedded(printed: str) -> int:
+    """How many views a job says that it embedded."""
+    done = re.findall(r"embed with mobilenet_v2: ([\d,]+) of ", printed)
+    others = re.findall(r"embed: ([\d,]+) of these views were made by another", printed)
+    count, less = (int(said[-1].replace(",", "")) if said else 0 for said in (done, others))
+    return count - less
+
+
+def test_a_killed_job_loses_only_the_blocks_in_progress(cluster: Cluster, place: str, weights: Path) -> None:
+    command, beside = probe(place, weights, 160), open_storage(f"{place}/index")
+    job = cluster.start("prepare", *command)
+    while len(kept(beside)) < 3:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    there = kept(beside)
+    assert 0 < sum(there.values()) < USED - 2 * BLOCK
+    code, printed = cluster.run("prepare", *command)
+    assert code == 0, printed
+    spared = USED - embedded(printed)
+    assert sum(there.values()) <= spared <= sum(there.values()) + 2 * BLOCK, "two workers may have ended a block each"
+    assert sum(kept(beside).values()) == USED
+    code, printed = cluster.run("prepare", *command)
+    assert (code, "embed with" in printed) == (0, False), printed
+
+
+def test_two_jobs_at_once_share_the_work(cluster: Cluster, place: str, weights: Path) -> None:
+    """On two clusters, so that neither waits for the other's CPUs. Of their eleven blocks some two to four are in both
+    jobs' hands at once."""
+    command, beside = probe(place, weights, 224), open_storage(f"{place}/index")
+    jobs = [cluster.start_apart("prepare", *command, cpus=1) for _ in range(2)]
+    printed = [job.communicate(timeout=300)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], printed
+    assert sum(kept(beside).values()) == USED
+    assert USED <= sum(map(embedded, printed)) < 2 * USED - 2 * BLOCK, printed

@@ -1,0 +1,162 @@
+"""Searching on a real cluster: every search, what fails, what is killed, what is left behind."""
+
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fruitray.index import read_index
+from fruitray.storage import open_storage
+from fruitray.synthetic import photo_set
+from tests.cluster import Cluster
+
+SMALL = ("--image-size", "64", "--batch-size", "16")
+
+
+@pytest.fixture
+def place(aws: str, cluster: Cluster) -> str:
+    """A prefix with 60 photos below raw/ and their index below index/."""
+    root = f"s3://{aws}"
+    raw = open_storage(f"{root}/raw")
+    for key, data in photo_set(20).items():
+        raw.write(key, data)
+    code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
+    assert code == 0, printed
+    return root
+
+
+def _tune(place: str, *options: str) -> tuple[str, ...]:
+    return ("tune", "--index", f"{place}/index", "--out", f"{place}/tune", *options)
+
+
+def _rows(place: str) -> list[dict[str, Any]]:
+    """By number."""
+    table = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet")))
+    return sorted(table.to_pylist(), key=lambda row: row["trial"])
+
+
+def _reports(place: str) -> list[list[dict[str, Any]]]:
+    """What each trial has reported to Tune, one after the other."""
+    storage = open_storage(f"{place}/tune/_ray")
+    keys = [entry.key for entry in storage.list() if entry.key.endswith("/result.json")]
+    return [[json.loads(line) for line in storage.read(key).splitlines()] for key in sorted(keys)]
+
+
+def _checkpoints(place: str) -> list[str]:
+    return [entry.key for entry in open_storage(f"{place}/tune/_ray").list() if entry.key.endswith("checkpoint.pt")]
+
+
+def _wait_for(what: Any, seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return found
+
+
+def test_a_trial_that_fails_says_why_and_the_others_go_on(cluster: Cluster, place: str, weights: Path) -> None:
+    """One network diverges, one has no weights, one is fine."""
+    space = ("--backbones", "cnn", "resnet50", "mobilenet_v2", "--weights", str(weights), "--search", "grid")
+    rates = ("--learning-rates", "1e-3", "1e30", "--frozen-choices", "True", "--epochs", "2")
+    code, printed = cluster.run(*_tune(place, *space, *rates, *SMALL))
+    assert code == 0, printed
+    rows = _rows(place)
+    assert [(row["backbone"], row["learning_rate"], row["error"] is None) for row in rows] == [
+        ("cnn", 1e-3, True),
+        ("cnn", 1e30, False),
+        ("resnet50", 1e-3, False),
+        ("resnet50", 1e30, False),
+        ("mobilenet_v2", 1e-3, True),
+        ("mobilenet_v2", 1e30, False),
+    ]
+    assert "the loss became" in rows[1]["error"]
+    assert all("resnet50.safetensors does not exist" in row["error"] for row in rows[2:4])
+    assert "tune: without resnet50 frozen" in printed
+    assert {row["backbone"]: row["part"] for row in rows if not row["error"]} == {
+        "cnn": "whole network",
+        "mobilenet_v2": "last two layers",
+    }
+    layers = open_storage(f"{place}/tune/layers")
+    assert sorted(entry.key for entry in layers.list()) == ["cnn.txt", "mobilenet_v2.txt"]
+    assert f"{rows[0]['parameters']:,}" in layers.read("cnn.txt").decode()
+    assert len({row["initial_state_hash"] for row in rows[:1] + rows[4:5]}) == 2
+    assert all(row["peak_memory"] > 0 and row["images_per_s"] > 0 and row["seconds"] > 0 for row in rows[::4])
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str) -> None:
+    """And when all is done, no checkpoint takes up space."""
+    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "500", "--patience", "500", "--scheduler", "none")
+    job = cluster.start(*_tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter"))
+    _wait_for(lambda: _checkpoints(place))
+    [before] = _wait_for(lambda: _reports(place))
+    os.kill(before[-1]["pid"], signal.SIGKILL)
+    printed, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, printed
+    [reports] = _reports(place)
+    epochs = [report["epochs"] for report in reports]
+    restart = next(place for place, (a, b) in enumerate(itertools.pairwise(epochs)) if b != a + 1)
+    assert restart >= len(before) - 1
+    assert 1 < epochs[restart + 1] <= epochs[restart] + 1, "it must go on from a checkpoint, not from the start"
+    assert epochs[-1] == 500
+    assert _rows(place)[0]["epochs"] == 500
+    assert _checkpoints(place) == []
+
+
+def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str) -> None:
+    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "500", "--patience", "500", "--scheduler", "none")
+    command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
+    job = cluster.start(*command)
+    _wait_for(lambda: _checkpoints(place))
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    code, printed = cluster.run(*command)
+    assert code == 0, printed
+    epochs = [report["epochs"] for report in _reports(place)[-1]]
+    assert epochs.count(1) == 1, "it must go on from a checkpoint, not from the start"
+    assert epochs[-1] == 500
+
+
+def test_cross_validation_holds_out_every_photo_once(cluster: Cluster, place: str, weights: Path) -> None:
+    options = ("--backbones", "mobilenet_v2", "cnn", "--weights", str(weights), "--trials", "2", "--folds", "3")
+    code, printed = cluster.run(*_tune(place, *options, "--epochs", "2", *SMALL))
+    assert code == 0, printed
+    photos = len(read_index(f"{place}/index").pool().labels)
+    for row in _rows(place):
+        assert len(row["fold_accuracies"]) == 3
+        assert len(row["right"]) == photos
+        assert row["accuracy"] == pytest.approx(sum(row["right"]) / photos)
+        assert row["epochs"] == 6
+    assert "distinguishable" in printed
+
+
+def test_optuna_searches_a_space_that_depends_on_the_network(cluster: Cluster, place: str, weights: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra is not installed")
+    space = ("--backbones", "mobilenet_v2", "cnn", "--weights", str(weights), "--dropouts", "0", "0.3")
+    code, printed = cluster.run(*_tune(place, "--search", "optuna", "--trials", "5", *space, "--epochs", "1", *SMALL))
+    assert code == 0, printed
+    rows = _rows(place)
+    assert [row["trial"] for row in rows] == list(range(5))
+    assert all(row["error"] is None for row in rows)
+    for row in rows:
+        suited = 1e-3 if row["backbone"] == "mobilenet_v2" else 1e-4
+        assert suited / 3.01 <= row["learning_rate"] <= suited * 3.01
+    code, printed = cluster.run(
+        "train", "--index", f"{place}/index", "--out", f"{place}/m", "--config", f"{place}/tune/best.json"
+    )
+    assert code == 0, printed
+
+
+def test_the_reports_preset_ends_in_its_tables(cluster: Cluster, place: str) -> None:
+    options = ("--preset", "report", "--weights", "none", "--backbones", "cnn", "mlp", "efficientnet_b2")
+    code, printed = cluster.run(*_tune(place, *options, "--epochs", "1", "--augment", "none", "--image-size", "64"))
+    assert code == 0, printed
+    for table in ("dropout", "learning rate", "batch size", "network"):
+        assert f"{table}, at most 1 epochs each" in printed
+    assert len(_rows(place)) == 1 + 1 + 3 + 2 + 2
