@@ -28,6 +28,9 @@ unit integration e2e: install
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(RUN) tests.benchmarks.audit
+	$(RUN) tests.benchmarks.fit
+	$(RUN) tests.benchmarks.search cache
+	$(RUN) tests.benchmarks.search tune
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

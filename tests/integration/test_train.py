@@ -8,28 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 import torchvision
 
 from fruitray.package import load_package, read_description
 from fruitray.storage import open_storage
-from fruitray.synthetic import photo_set
 from tests.cluster import Cluster
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
-
-
-@pytest.fixture
-def place(aws: str, cluster: Cluster) -> str:
-    """A prefix with 60 photos below raw/ and their index below index/."""
-    root = f"s3://{aws}"
-    raw = open_storage(f"{root}/raw")
-    for key, data in photo_set(20).items():
-        raw.write(key, data)
-    code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
-    assert code == 0, printed
-    return root
 
 
 def _kill_when(job: subprocess.Popen[str], line: str) -> str:

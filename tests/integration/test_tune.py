@@ -14,22 +14,9 @@ import pytest
 
 from fruitray.index import read_index
 from fruitray.storage import open_storage
-from fruitray.synthetic import photo_set
 from tests.cluster import Cluster
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
-
-
-@pytest.fixture
-def place(aws: str, cluster: Cluster) -> str:
-    """A prefix with 60 photos below raw/ and their index below index/."""
-    root = f"s3://{aws}"
-    raw = open_storage(f"{root}/raw")
-    for key, data in photo_set(20).items():
-        raw.write(key, data)
-    code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
-    assert code == 0, printed
-    return root
 
 
 def _tune(place: str, *options: str) -> tuple[str, ...]:
