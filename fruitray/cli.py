@@ -73,10 +73,12 @@ def parse(name: str, argv: Sequence[str]) -> Any:
 
 def _of_preset(argv: Sequence[str]) -> Any:
     """What `tune --preset NAME` starts from, None where it is not to be had."""
+    from fruitray.search import PRESETS
+
     name = _given(argv, "--preset")
-    if name not in configs.PRESETS:
+    if name not in PRESETS:
         return None
-    options: dict[str, Any] = {"preset": name, **configs.PRESETS[name]}
+    options: dict[str, Any] = {"preset": name, **PRESETS[name]}
     return configs.TuneConfig(index=tyro.MISSING, out=tyro.MISSING, **options)
 
 

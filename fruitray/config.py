@@ -22,7 +22,6 @@ AUGMENTATIONS = (*FIXED_AUGMENTATIONS, "report", "jitter", "jpeg", "erase", "tri
 """The steps that a policy joins with `+`; what each does stands in `augment.py`."""
 SCRATCH = ("mlp", "cnn", "cnn_bn")
 """Backbones that nobody has weights for: always trained whole, from random weights."""
-REPORT_BACKBONES = ("cnn", "mlp", "vgg16", "resnet50", "efficientnet_b2")
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -295,39 +294,6 @@ class TuneConfig:
         require(len(self.frozen_choices) >= 1, "frozen_choices", self.frozen_choices, "give True, False or both")
         require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
         require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {},
-    "full": {
-        "trials": 48,
-        "backbones": ("cnn_bn", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b2"),
-        "frozen_choices": (True, False),
-        "batch_sizes": (16, 32, 64),
-        "dropouts": (0.0, 0.2, 0.5),
-        "fit": FitConfig(epochs=30, warmup=0.1, head_epochs=1, ema=0.99, patience=6),
-    },
-    "report": {
-        "search": "sweep",
-        "scheduler": "none",
-        "backbones": REPORT_BACKBONES,
-        "frozen_choices": (True, False),
-        "hidden": 256,
-        "learning_rates": (1e-4, 1e-5, 1e-3, 1e-2),
-        "batch_sizes": (8, 64, 256),
-        "dropouts": (0.5, 0.0),
-        "fit": FitConfig(
-            epochs=10,
-            batch_size=8,
-            optimizer="adam",
-            schedule="constant",
-            weight_decay=0.0,
-            label_smoothing=0.0,
-            augment="eightfold",
-        ),
-    },
-}
-"""What `tune --preset` starts from, where that is not the default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

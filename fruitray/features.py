@@ -27,6 +27,7 @@ from fruitray.index import Index, Pool, index_place
 from fruitray.memory import keep_freed_memory
 from fruitray.preprocess import stack
 from fruitray.storage import Entry, Storage
+from fruitray.tables import parquet
 from fruitray.weights import state_hash
 
 BLOCK = 128
@@ -129,10 +130,7 @@ def embed(
 def _to_parquet(block: Block, embeddings: torch.Tensor) -> bytes:
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().reshape(-1)), embeddings.shape[1])
     table = pa.table({"key": [entry.key for entry in block.entries], "embedding": column})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    return parquet(table, use_dictionary=False, write_page_checksum=True)
 
 
 def read_features(index_uri: str, index: Index, key: str, split: str, variants: Sequence[str]) -> torch.Tensor:

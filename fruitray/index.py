@@ -71,6 +71,11 @@ class Pool:
     groups: list[str]
     """The same for duplicates."""
 
+    @property
+    def validated(self) -> list[bool]:
+        """Of each photo whether the index's own split holds it out."""
+        return [split == "val" for split in self.splits]
+
 
 @dataclass(frozen=True, slots=True)
 class Index:

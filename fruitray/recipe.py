@@ -52,7 +52,8 @@ def make_recipe(
         NotFoundError: there are no embeddings.
     """
     pool, policy = index.pool(), config.augment
-    held_out = torch.tensor([split == "val" for split in pool.splits]) if validation is None else validation
+    in_val = torch.tensor(pool.validated)
+    held_out = in_val if validation is None else validation
     labels = torch.tensor(pool.labels)
     train_rows, val_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     if frozen:
@@ -60,7 +61,7 @@ def make_recipe(
     module: nn.Module = model
     if frozen and cached and policy in VARIANTS:
         module = model.head
-        train_inputs, val_inputs = _embeddings(index_uri, index, model, policy, held_out, folds=validation is not None)
+        train_inputs, val_inputs = _embeddings(index_uri, index, model, policy, in_val, validation)
         train_labels, val_labels = labels[train_rows].repeat_interleave(len(VARIANTS[policy])), labels[val_rows]
         train_rows, val_rows = torch.arange(len(train_inputs)), torch.arange(len(val_inputs))
         policy = "none"
@@ -89,15 +90,19 @@ def make_recipe(
 
 
 def _embeddings(
-    index_uri: str, index: Index, model: Classifier, policy: str, held_out: torch.Tensor, *, folds: bool
+    index_uri: str,
+    index: Index,
+    model: Classifier,
+    policy: str,
+    in_val: torch.Tensor,
+    validation: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(training examples, D) and (held-out photos, D) float32, in pool order; of each training photo all variants."""
     key, variants = features_key(index, model), VARIANTS[policy]
     train = read_features(index_uri, index, key, "train", variants)
-    val = read_features(index_uri, index, key, "val", variants if folds else variants[:1])
-    if not folds:
+    val = read_features(index_uri, index, key, "val", variants[:1] if validation is None else variants)
+    if validation is None:
         return train.flatten(0, 1), val[:, 0]
-    whole = torch.empty(len(held_out), *train.shape[1:])
-    in_val = torch.tensor([split == "val" for split in index.pool().splits])
+    whole = torch.empty(len(in_val), *train.shape[1:])
     whole[~in_val], whole[in_val] = train, val
-    return whole[~held_out].flatten(0, 1), whole[held_out, 0]
+    return whole[~validation].flatten(0, 1), whole[validation, 0]

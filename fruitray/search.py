@@ -12,6 +12,38 @@ from typing import Any, Protocol
 
 from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig, suited_learning_rate
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "full": {
+        "trials": 48,
+        "backbones": ("cnn_bn", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b2"),
+        "frozen_choices": (True, False),
+        "batch_sizes": (16, 32, 64),
+        "dropouts": (0.0, 0.2, 0.5),
+        "fit": FitConfig(epochs=30, warmup=0.1, head_epochs=1, ema=0.99, patience=6),
+    },
+    "report": {
+        "search": "sweep",
+        "scheduler": "none",
+        "backbones": ("cnn", "mlp", "vgg16", "resnet50", "efficientnet_b2"),
+        "frozen_choices": (True, False),
+        "hidden": 256,
+        "learning_rates": (1e-4, 1e-5, 1e-3, 1e-2),
+        "batch_sizes": (8, 64, 256),
+        "dropouts": (0.5, 0.0),
+        "fit": FitConfig(
+            epochs=10,
+            batch_size=8,
+            optimizer="adam",
+            schedule="constant",
+            weight_decay=0.0,
+            label_smoothing=0.0,
+            augment="eightfold",
+        ),
+    },
+}
+"""What `tune --preset` starts from, where that is not the default."""
+
 
 @dataclass(frozen=True, slots=True)
 class Network:

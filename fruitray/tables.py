@@ -9,9 +9,9 @@ def field(name: str, kind: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, kind, metadata={"description": description})
 
 
-def parquet(table: pa.Table) -> bytes:
-    """`table` as a Parquet file."""
+def parquet(table: pa.Table, **options: bool) -> bytes:
+    """`table` as a Parquet file; `options` are those of `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", **options)
     data: bytes = sink.getvalue().to_pybytes()
     return data

@@ -70,8 +70,8 @@ def _run_jobs(config: DemoConfig, folder: Path) -> float:
     raw, index, tune, model, scores = (f"{BUCKET}/{name}" for name in ("raw", *OUTPUTS))
     _draw(config.per_class, open_storage(raw))
     _job("prepare", "--images", raw, "--out", index)
-    backbones = ["cnn", "mlp", *_pretrained(folder / "torch")]
-    space = ["--image-size", str(config.image_size), "--learning-rates", "3e-4", "3e-3", "--batch-sizes", "16", "32"]
+    backbones = ["cnn_bn", "mlp", *_pretrained(folder / "torch")]
+    space = ["--image-size", str(config.image_size), "--batch-sizes", "16", "32"]
     budget = ["--trials", str(config.trials), "--epochs", str(config.epochs), "--patience", "5"]
     _job("tune", "--index", index, "--out", tune, "--backbones", *backbones, *space, *budget)
     _job("train", "--index", index, "--out", model, "--config", f"{tune}/best.json")

@@ -15,7 +15,7 @@ from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import find_ours
 from fruitray.fit import fit
-from fruitray.index import Index, read_index
+from fruitray.index import Pool, read_index
 from fruitray.metrics import accuracy, confusion, recalls, wilson_interval
 from fruitray.package import Package
 from fruitray.recipe import make_recipe
@@ -75,8 +75,9 @@ def train(
     index = read_index(space["index"])
     initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
     device = pick_device(gpu=space["gpu"])
-    labels, parts = torch.tensor(index.pool().labels), _held_out(index, space["folds"], fit_config.seed)
-    truth = [labels[part] for part in parts]
+    pool = index.pool()
+    parts = _held_out(pool, space["folds"], fit_config.seed)
+    truth = [torch.tensor(pool.labels)[part] for part in parts]
     for fold in range(state["fold"], len(parts)):
         model = _copy(initial, config, len(index.classes))
         held_out = parts[fold] if space["folds"] else None
@@ -101,11 +102,10 @@ def train(
         state = {**state, "fit": None}
 
 
-def _held_out(index: Index, folds: int, seed: int) -> list[torch.Tensor]:
+def _held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
     """Of each fold (N,) bool: which photos of the pool are held out; without folds, of the index's split."""
-    pool = index.pool()
     if not folds:
-        return [torch.tensor([split == "val" for split in pool.splits])]
+        return [torch.tensor(pool.validated)]
     numbers = torch.tensor(cross_validation(pool, folds, seed))
     return [numbers == fold for fold in range(folds)]
 

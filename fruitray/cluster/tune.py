@@ -21,7 +21,7 @@ from fruitray.console import LOG_INTERVAL_S, say
 from fruitray.errors import FruitrayError, TrialsFailedError, UsageError
 from fruitray.index import Index, read_index
 from fruitray.package import Package
-from fruitray.search import Trial, Walk, draw_trials, networks, settings
+from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
 from fruitray.storage import Storage
 from fruitray.tables import parquet
 from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
@@ -62,8 +62,10 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
 
     A backbone that cannot be had is said; its trials will fail, and the others go on.
     """
-    frozen, errors = {}, []
-    for network in networks(config):
+    compared = networks(config)
+    found: dict[str, Package] = {}
+    errors = []
+    for network in {network.backbone: network for network in compared}.values():
         model, fit = settings(config, network, Walk([]))
         try:
             package = initial_model(out, model, index.classes, fit.seed)
@@ -72,11 +74,11 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
             say(f"tune: without {network}: {error}")
             continue
         out.write(f"layers/{network.backbone}.txt", layer_summary(package.model).encode())
-        if network.frozen:
-            frozen[network.backbone] = package
-    if len(errors) == len(networks(config)):
+        found[network.backbone] = package
+    if not found:
         raise errors[0]
-    return frozen
+    frozen = {network.backbone for network in compared if network.frozen}
+    return {backbone: package for backbone, package in found.items() if backbone in frozen}
 
 
 def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
@@ -206,6 +208,6 @@ class _Lines(tune.Callback):  # type: ignore[misc]
         self._last = time.monotonic()
         number, model, fit = (trial.config["trial"][part] for part in ("number", "model", "fit"))
         options = f"learning rate {fit['learning_rate']:.3g}, batch {fit['batch_size']}, dropout {model['dropout']}"
-        network = f"{model['backbone']}{' frozen' if model['frozen'] else ''}"
+        network = Network(model["backbone"], model["frozen"])
         ended = sum(other.is_finished() for other in trials)
         say(f"tune: {ended} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")

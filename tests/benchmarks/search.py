@@ -41,15 +41,8 @@ def cache(images: str, weights: str, out: str) -> None:
     """Print the seconds with and without the cache."""
     start_ray()
     index = _index(images, out)
-    config = TuneConfig(
-        index=f"{out}/index",
-        out=f"{out}/tune",
-        trials=TRIALS,
-        scheduler="none",
-        backbones=("timm/tf_efficientnetv2_b0",),
-        weights=weights,
-        fit=FitConfig(epochs=EPOCHS, patience=EPOCHS, augment="eightfold"),
-    )
+    fit_config = FitConfig(epochs=EPOCHS, patience=EPOCHS, augment="eightfold")
+    config = _config(out, "timm/tf_efficientnetv2_b0", fit_config, weights=weights)
     start = time.perf_counter()
     run(config)
     cached = time.perf_counter() - start
@@ -79,15 +72,7 @@ def tune(images: str, out: str) -> None:
     """Print the seconds with and without Ray Tune."""
     ray.init(address="local", num_cpus=1, object_store_memory=500_000_000, include_dashboard=False, log_to_driver=False)
     index = _index(images, out)
-    config = TuneConfig(
-        index=f"{out}/index",
-        out=f"{out}/tune",
-        trials=TRIALS,
-        scheduler="none",
-        backbones=("cnn_bn",),
-        image_size=64,
-        fit=FitConfig(epochs=5, patience=5),
-    )
+    config = _config(out, "cnn_bn", FitConfig(epochs=5, patience=5), image_size=64)
     initial_model(open_storage(config.out), draw_trials(config)[0].model, index.classes, 0)
     trials = [_space(config, number) for number in range(TRIALS)]
     torch.set_num_threads(1)
@@ -99,6 +84,11 @@ def tune(images: str, out: str) -> None:
     alone = _back_to_back(trials)
     print(f"{TRIALS} trials of {alone / TRIALS:.1f} s each, one after the other: {alone:.0f} s; by Tune: {tuned:.0f} s")
     print(f"Tune takes {tuned / alone:.3f} x the time")
+
+
+def _config(out: str, backbone: str, fit_config: FitConfig, **options: Any) -> TuneConfig:
+    shared = {"index": f"{out}/index", "out": f"{out}/tune", "trials": TRIALS, "scheduler": "none"}
+    return TuneConfig(**shared, backbones=(backbone,), fit=fit_config, **options)
 
 
 def _space(config: TuneConfig, number: int) -> dict[str, Any]:
