@@ -6,6 +6,7 @@ from these, so neither the batch, its order, the worker nor the device matters. 
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,17 +66,22 @@ def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return word ^ (word >> np.uint64(31))
 
 
-def augment(batch: torch.Tensor, policy: str, seed: int, epoch: int, examples: Numbers) -> torch.Tensor:
-    """`batch` (B, 3, H, W) uint8 after all steps of `policy` but those that blend two photos.
+def augment(
+    batch: torch.Tensor, policy: str, seed: int, epoch: int, examples: Numbers, size: int | None = None
+) -> torch.Tensor:
+    """`batch` (B, 3, H, W) uint8 after all steps of `policy` but those that blend two photos; `size` x `size` if given.
 
     `examples` (B,) are the examples' numbers: with `eightfold`, example 8 * n + v is variant v of photo n of the pool;
     otherwise example n is photo n.
     """
     if copies(policy) > 1:
         batch = fixed_variants(batch, *np.divmod(examples, copies(policy)))
+    if size and "crop" not in steps(policy):
+        batch = transforms.resize(batch, (size, size))
+    kernels = STEPS | {"crop": partial(_crop, size=size)}
     for step in steps(policy):
-        if step in STEPS:
-            batch = STEPS[step](batch, uniforms(seed, epoch, examples, step))
+        if step in kernels:
+            batch = kernels[step](batch, uniforms(seed, epoch, examples, step))
     return batch
 
 
@@ -149,6 +155,18 @@ def _report(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
     return _one_of_eight(batch, (draws[:, 0] * len(EIGHT)).astype(np.int64), draws)
 
 
+def _crop(batch: torch.Tensor, draws: Parameters, size: int | None = None) -> torch.Tensor:
+    """A box of 25..100 % of the photo, 3/4..4/3 times as wide as high, cut to fit (Szegedy et al., "Going deeper with
+    convolutions", 2014; there of 8 % on), made `size` x `size` or as large as the photo."""
+    share, stretch = 0.25 + 0.75 * draws[:, 0], (4 / 3) ** _signed(draws[:, 1])
+    rows, columns = batch.shape[2:]
+    sides = [np.sqrt(share / stretch) * rows, np.sqrt(share * stretch) * columns]
+    height, width = (np.clip(np.round(side), 1, most) for side, most in zip(sides, (rows, columns), strict=True))
+    top, left = np.floor(draws[:, 2] * (rows - height + 1)), np.floor(draws[:, 3] * (columns - width + 1))
+    boxes = np.stack([top, left, height, width], -1).astype(np.int64)
+    return transforms.crop(batch, boxes, (size or rows, size or columns))
+
+
 def _jitter(batch: torch.Tensor, draws: Parameters) -> torch.Tensor:
     """Brightness, contrast and saturation by a factor of 0.6..1.4, as is usual for ImageNet, in this order; hue, which
     tells fruits apart, by 5 % of the circle at most."""
@@ -199,6 +217,7 @@ STEPS: dict[str, Callable[[torch.Tensor, Parameters], torch.Tensor]] = {
     "mirror": _mirror,
     "flips": _flips,
     "report": _report,
+    "crop": _crop,
     "jitter": _jitter,
     "jpeg": _jpeg,
     "erase": _erase,

@@ -118,6 +118,8 @@ class Batches:
     shuffle: bool = False
     policy: str = "none"
     """Augmentation of photos, see `augment.py`."""
+    size: int | None = None
+    """Side in pixels of the photos that come out; None: as they are."""
     seed: int = 0
     rank: int = 0
     world: int = 1
@@ -154,8 +156,8 @@ class Batches:
         """The `examples`, augmented, and their labels."""
         rows, known = self._photos(examples)
         inputs, labels = self.inputs[rows].to(self.device), self.labels[rows].to(self.device)
-        if self.policy != "none":
-            inputs = augment(inputs, self.policy, self.seed, number, known)
+        if self.policy != "none" or self.size:
+            inputs = augment(inputs, self.policy, self.seed, number, known, self.size)
         return inputs, labels
 
     def _mixed(self, examples: torch.Tensor, partners: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,8 @@ def make_recipe(
     train_rows, val_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     if frozen:
         freeze(model)
+    side = model.preprocessing.size
+    require((config.train_size or 0) <= side, "train_size", config.train_size, f"the network validates at {side}")
     module: nn.Module = model
     if frozen and cached and policy in VARIANTS:
         module = model.head
@@ -76,6 +78,7 @@ def make_recipe(
         batch_size=config.batch_size,
         shuffle=True,
         policy=policy,
+        size=config.train_size,
         seed=config.seed,
         rank=rank,
         world=world,
@@ -84,7 +87,14 @@ def make_recipe(
     everyone = train.examples // len(train) >= world
     require(everyone, "batch_size", config.batch_size, f"must give each of the {world} workers a photo in every step")
     val = replace(
-        train, inputs=val_inputs, labels=val_labels, rows=val_rows, batch_size=VAL_BATCH, shuffle=False, policy="none"
+        train,
+        inputs=val_inputs,
+        labels=val_labels,
+        rows=val_rows,
+        batch_size=VAL_BATCH,
+        shuffle=False,
+        policy="none",
+        size=None,
     )
     return Recipe(model, module, train, val)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig, suited_learning_rate
+from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig, suited, suited_learning_rate
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {},
@@ -100,7 +100,7 @@ def settings(config: TuneConfig, network: Network, picker: Picker) -> tuple[Mode
     sizes = config.batch_sizes or (config.fit.batch_size,)
     size = picker.one_of(f"{network}: batch size", sizes)
     first = 0 if model.frozen or model.weights == "none" else config.fit.head_epochs
-    return model, replace(config.fit, learning_rate=rate, batch_size=size, head_epochs=first)
+    return model, suited(model, replace(config.fit, learning_rate=rate, batch_size=size, head_epochs=first))
 
 
 def _rates(config: TuneConfig, model: ModelConfig) -> tuple[float, ...]:
@@ -108,8 +108,8 @@ def _rates(config: TuneConfig, model: ModelConfig) -> tuple[float, ...]:
         return config.learning_rates
     if config.fit.learning_rate:
         return (config.fit.learning_rate,)
-    suited = suited_learning_rate(model, config.fit.optimizer)
-    return suited, suited / 3, suited * 3
+    middle = suited_learning_rate(model, config.fit.optimizer)
+    return middle, middle / 3, middle * 3
 
 
 def draw_trials(config: TuneConfig) -> list[Trial]:

@@ -164,6 +164,20 @@ def sources(
     return np.stack(np.broadcast_arrays(*x, *y), -1).reshape(-1, 2, 3)
 
 
+def resize(batch: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, 3, *size): bilinear, antialiased."""
+    resized: torch.Tensor = tv.resize(batch, list(size), antialias=True)
+    return resized.contiguous(memory_format=format_of(batch))
+
+
+def crop(batch: torch.Tensor, boxes: Numbers, size: tuple[int, int]) -> torch.Tensor:
+    """(B, 3, *size): each photo's box, resized; `boxes` are (B, 4): top, left, height and width in whole pixels."""
+    places = zip(batch, boxes.tolist(), strict=True)
+    cut = [photo[:, top : top + high, left : left + wide] for photo, (top, left, high, wide) in places]
+    done = torch.cat([resize(box[None], size) for box in cut])
+    return done.contiguous(memory_format=format_of(batch))
+
+
 def warp(batch: torch.Tensor, maps: Parameters) -> torch.Tensor:
     """Each photo through its own affine map, bilinear.
 

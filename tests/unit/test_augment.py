@@ -209,6 +209,33 @@ def test_erasing_paints_a_plain_box_of_the_right_size_half_of_the_time() -> None
     assert min(covered.amax(0).min(), covered.amax(1).min()) > 0.01, "no row or column is safe"
 
 
+def test_a_crop_is_a_box_of_a_quarter_at_least() -> None:
+    """Of a photo whose colours say where they stand."""
+    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")
+    batch = torch.stack([rows, columns, rows * 0]).byte()[None].expand(500, -1, -1, -1)
+    found = shown("crop", batch).float()
+    high, wide = (found[:, axis].amax((1, 2)) - found[:, axis].amin((1, 2)) + 1 for axis in (0, 1))
+    area, stretch = high * wide / (200 * 250), (wide / 250) / (high / 200)
+    assert 0.24 < area.min() < 0.3
+    assert 0.9 < area.max() <= 1
+    assert 0.74 < stretch.min() < 0.8
+    assert 1.25 < stretch.max() < 1.36
+    for axis, length in ((0, 200), (1, 250)):
+        assert found[:, axis].amin() == 0, "no edge is safe"
+        assert found[:, axis].amax() == length - 1
+    assert (found[:, 0, -1] > found[:, 0, 0]).all(), "upright"
+    assert (found[:, 1, :, -1] > found[:, 1, :, 0]).all(), "not mirrored"
+
+
+@pytest.mark.parametrize("policy", [*RANDOM, "none", "mirror+crop+jitter"])
+def test_photos_come_out_as_large_as_asked(policy: str) -> None:
+    batch = photos(6, 24, 24)
+    together = augment(batch, policy, 0, 1, numbers(6), 16)
+    assert together.shape == (6, 3, 16, 16)
+    assert torch.equal(augment(batch[2:4], policy, 0, 1, numbers(6)[2:4], 16), together[2:4])
+    assert together.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_jpeg_changes_every_photo_a_little() -> None:
     batch = photos(20, 64, 64)
     change = (shown("jpeg", batch).float() - batch.float()).abs().flatten(1)

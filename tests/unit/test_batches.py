@@ -201,6 +201,12 @@ def test_the_workers_together_see_what_one_alone_would(policy: str, world: int) 
     assert sorted(pair for share in shares for pair in share) == alone
 
 
+@pytest.mark.parametrize("policy", ["none", "crop", "eightfold+jitter", "crop+mixup"])
+def test_batches_come_as_large_as_asked(policy: str) -> None:
+    for inputs, *_ in photo_batches(policy, size=5).epoch(1):
+        assert inputs.shape[1:] == (3, 5, 5)
+
+
 @pytest.mark.parametrize("policy", ["flips+erase", "report+jitter", "rand", "eightfold+jitter"])
 def test_neither_batch_size_nor_order_changes_a_photo(policy: str) -> None:
     expected = seen_photos(photo_batches(policy))

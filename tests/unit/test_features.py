@@ -370,6 +370,14 @@ def test_a_recipe_without_its_embeddings_is_an_error(index_uri: str) -> None:
         recipe(index_uri, network(), frozen=True)
 
 
+def test_training_photos_may_be_smaller_than_those_of_validation(index_uri: str) -> None:
+    made = recipe(index_uri, network(backbone="cnn_bn"), frozen=False, train_size=32)
+    assert {batch.inputs.shape[2:] for batch in made.train.epoch(1)} == {(32, 32)}
+    assert {batch.inputs.shape[2:] for batch in made.val.epoch(0)} == {(64, 64)}
+    with pytest.raises(UsageError, match="train-size 65: the network validates at 64"):
+        recipe(index_uri, network(backbone="cnn_bn"), frozen=False, train_size=65)
+
+
 def test_a_batch_too_small_for_the_workers_is_refused(index_uri: str) -> None:
     config = FitConfig(batch_size=2, augment="none")
     with pytest.raises(UsageError, match="batch-size 2"):

@@ -7,6 +7,7 @@ import pytest
 
 from fruitray.cli import parse
 from fruitray.config import FitConfig, TuneConfig
+from fruitray.errors import UsageError
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
 
 
@@ -67,6 +68,12 @@ def test_only_a_pretrained_whole_network_trains_its_head_first() -> None:
     )
     found = {(trial.model.backbone, trial.model.frozen): trial.fit.head_epochs for trial in draw_trials(config)}
     assert found == {("cnn_bn", False): 0, ("vgg16", True): 0, ("vgg16", False): 2}
+
+
+@pytest.mark.parametrize("backbones", [("cnn_bn", "mlp"), ("cnn",), ("vgg16",)])
+def test_one_size_networks_have_no_smaller_training_photos(backbones: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="train-size 64: "):
+        draw_trials(_config(backbones=backbones, fit=FitConfig(train_size=64)))
 
 
 def test_a_grid_is_every_combination_once() -> None:
