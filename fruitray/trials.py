@@ -107,13 +107,18 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "accuracy": row["accuracy"],
         "95% interval": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}" if had else "",
         "recalls": " ".join(f"{recall:.2f}" for recall in row["recalls"] or ()),
-        "best epoch": f"{row['best_epoch']} of {row['epochs']}" if had else "",
+        "best epoch": _best_epoch(row) if had else "",
         "seconds": row["seconds"],
         "images/s": row["images_per_s"],
         "trained of all": f"{row['trained_parameters']:,} of {row['parameters']:,}" if had else "",
         "MiB": row["peak_memory"] and row["peak_memory"] >> 20,
         "start": (row["initial_state_hash"] or "")[:6],
     }
+
+
+def _best_epoch(row: dict[str, Any]) -> str:
+    folds = len(row["fold_accuracies"])
+    return f"{row['best_epoch']} of {row['epochs']}" if folds == 1 else f"{row['epochs']} in {folds} folds"
 
 
 def show_sweeps(rows: Sequence[dict[str, Any]], epochs: int) -> None:

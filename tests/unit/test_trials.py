@@ -16,7 +16,7 @@ def row(number: int, right: list[bool] | None, **changes: Any) -> dict[str, Any]
         share = sum(right) / len(right)
         measured = {"accuracy": share, "accuracy_low": share, "accuracy_high": share, "recalls": [share]}
         known |= {**measured, "right": right, "epochs": 3, "best_epoch": 2, "seconds": 60.0, "images_per_s": 9.0}
-        known |= {"parameters": 30, "trained_parameters": 20}
+        known |= {"parameters": 30, "trained_parameters": 20, "fold_accuracies": [share]}
     return {**blank, **known, **changes}
 
 
@@ -53,9 +53,12 @@ def test_rows_become_the_documented_table() -> None:
 
 def test_tables_show_trials_that_failed_too(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(0, [True]), row(1, [True], axis="batch size"), row(2, None, axis="network", error="no weights")]
+    rows.append(row(3, [True], epochs=15, fold_accuracies=[1.0] * 5))
     show_trials(rows)
     show_sweeps(rows, epochs=3)
     printed = capsys.readouterr().out
     assert "trial 2 failed: no weights" in printed
+    assert "2 of 3" in printed
+    assert "15 in 5 folds" in printed
     assert "batch size, at most 3 epochs each" in printed
     assert "network, at most 3 epochs each" in printed
