@@ -3,6 +3,23 @@
 photos in storage -> index -> split -> batches | features -> fit -> model package -> predictor -> scores (Parquet)
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fruitray.predictor import Predictor
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load"]
+
+
+def load(uri: str) -> "Predictor":
+    """The model package at `uri`, a local path or s3:// prefix, ready to use: `load(uri).predict([photo_bytes, ...])`.
+
+    Raises:
+        ModelRejectedError: there is none, or it is broken.
+    """
+    from fruitray.package import load_package
+    from fruitray.predictor import Predictor
+
+    return Predictor(load_package(uri))

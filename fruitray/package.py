@@ -1,11 +1,18 @@
-"""The model package: `model.safetensors` and `package.json`, all a scorer needs to know. Plain data, no pickle.
+"""The model package: all a scorer needs to know, and what is known of the model. Plain data, no pickle.
 
-`package.json` is written last, so a package that can be opened is whole.
+    package.json          the contract: network, classes, preprocessing, inference; the SHA-256 of every other file
+    model.safetensors     the weights
+    ...                   of a trained model, its evaluation, history, predictions and model card
+
+`package.json` is written last, so a package that can be opened is whole. One whose files are not those that it names is
+refused, the ones that no scorer reads, too: figures of another model are as wrong as its weights.
 """
 
 import hashlib
 import json
 import platform
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,40 +27,52 @@ import fruitray
 from fruitray.backbones import Classifier, skeleton
 from fruitray.config import ModelConfig
 from fruitray.errors import ModelRejectedError, NotFoundError
+from fruitray.inference import UNCALIBRATED, Inference
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Storage, open_storage
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION, WEIGHTS = "package.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A loaded package. `model_id` is the SHA-256 of `package.json`, which in turn names that of the weights."""
+    """A loaded package. `model_id` is the SHA-256 of `package.json`, which in turn names those of all other files."""
 
     uri: str
     model: Classifier
     classes: tuple[str, ...]
+    inference: Inference
     model_id: str
     description: dict[str, Any]
 
 
 def save_package(
-    storage: Storage, model: Classifier, config: ModelConfig, classes: tuple[str, ...], facts: dict[str, Any]
+    storage: Storage,
+    model: Classifier,
+    config: ModelConfig,
+    classes: tuple[str, ...],
+    facts: dict[str, Any],
+    *,
+    inference: Inference = UNCALIBRATED,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the package into `storage`; `facts` (index hash, config, metrics, ...) go into package.json."""
+    """Write the package into `storage`: `facts` (index hash, config, metrics, ...) into package.json, `files` beside
+    it, by name."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    weights = save_safetensors(state)
+    files = {**(files or {}), WEIGHTS: save_safetensors(state)}
     description = {
         **facts,
+        **asdict(inference),
         "format": FORMAT,
         "model": asdict(config),
         "classes": list(classes),
         "preprocessing": asdict(model.preprocessing),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "versions": versions(),
     }
-    storage.write(WEIGHTS, weights)
+    for name, data in files.items():
+        storage.write(name, data)
     storage.write(DESCRIPTION, json.dumps(description, indent=2, sort_keys=True).encode())
 
 
@@ -78,7 +97,7 @@ def read_description(storage: Storage) -> tuple[dict[str, Any], str]:
 
 
 def load_package(uri: str) -> Package:
-    """Open the package at `uri`: hash verified, loaded strictly, in evaluation mode on the CPU.
+    """Open the package at `uri`: all files verified, loaded strictly, in evaluation mode on the CPU.
 
     Raises:
         ModelRejectedError: anything about it is wrong.
@@ -88,12 +107,39 @@ def load_package(uri: str) -> Package:
     try:
         config, classes = ModelConfig(**description["model"]), _class_names(description["classes"])
         preprocessing = Preprocessing.from_json(description["preprocessing"])
-        expected = description["weights_sha256"]
+        inference, names = Inference.from_json(description), _file_names(description["files"])
         model = skeleton(config, len(classes), preprocessing)
     except Exception as error:  # values of any type may stand there
         raise ModelRejectedError(storage.uri_of(DESCRIPTION), f"does not describe a package: {error}") from error
-    _load_weights(storage, model, expected)
-    return Package(uri, model.eval(), classes, model_id, description)
+    contents = {name: read_file(storage, description, name) for name in names}
+    _load_weights(storage.uri_of(WEIGHTS), model, contents[WEIGHTS])
+    return Package(uri, model.eval(), classes, inference, model_id, description)
+
+
+def _file_names(said: Any) -> list[str]:
+    """The names in `files`: plain ones, so that no description leads out of its folder."""
+    if WEIGHTS not in said or not all(re.fullmatch(r"\w[\w.-]*", name) for name in said):
+        raise ValueError(f"the files are no plain names, {WEIGHTS} among them")
+    return list(said)
+
+
+def read_file(storage: Storage, description: Mapping[str, Any], name: str) -> bytes:
+    """A file of the package that `description` describes.
+
+    Raises:
+        ModelRejectedError: it is missing, or not the one that was written with the description.
+    """
+    try:
+        expected = description["files"][name]
+    except (TypeError, KeyError) as error:
+        raise ModelRejectedError(storage.uri_of(DESCRIPTION), f"does not describe a package: no {name}") from error
+    try:
+        data = storage.read(name)
+    except NotFoundError as error:
+        raise ModelRejectedError(storage.uri_of(name), "is missing") from error
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ModelRejectedError(storage.uri_of(name), f"does not have the SHA-256 that {DESCRIPTION} names")
+    return data
 
 
 def _class_names(said: Any) -> tuple[str, ...]:
@@ -103,14 +149,7 @@ def _class_names(said: Any) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _load_weights(storage: Storage, model: Classifier, expected: str) -> None:
-    uri = storage.uri_of(WEIGHTS)
-    try:
-        data = storage.read(WEIGHTS)
-    except NotFoundError as error:
-        raise ModelRejectedError(uri, "is missing") from error
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise ModelRejectedError(uri, f"does not have the SHA-256 that {DESCRIPTION} names")
+def _load_weights(uri: str, model: Classifier, data: bytes) -> None:
     try:
         state = load_safetensors(data)
         model.load_state_dict(state)

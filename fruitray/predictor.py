@@ -21,7 +21,7 @@ class Prediction:
     confidence: float | None = None
     top_labels: list[str] | None = None
     top_scores: list[float] | None = None
-    """Softmax shares, falling."""
+    """Calibrated softmax shares, falling."""
     status: str = "ok"
     error_code: str | None = None
     error: str | None = None
@@ -67,7 +67,8 @@ class Predictor:
         """Predict the waiting photos, write them to their positions, and forget them."""
         batch = stack([square for _, square, _, _ in waiting]).to(self._device)
         with torch.inference_mode():
-            shares = self._model(batch).softmax(dim=1).cpu()
+            inference = self.package.inference
+            shares = inference.scores(inference.logits(self._model, batch)).cpu()
         scores, numbers = shares.topk(self._top_k, dim=1)
         for (position, _, width, height), row, classes in zip(waiting, scores.tolist(), numbers.tolist(), strict=True):
             labels = [self.package.classes[number] for number in classes]

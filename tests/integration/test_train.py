@@ -89,7 +89,7 @@ def test_a_killed_training_resumes_to_the_same_weights(cluster: Cluster, place: 
     assert "epoch 1 of 6" not in printed, "it must go on, not start again"
     calm, killed = (read_description(open_storage(f"{place}/{name}"))[0] for name in ("calm", "killed"))
     assert len(killed["history"]) == 6
-    assert killed["weights_sha256"] == calm["weights_sha256"]
+    assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
     code, printed = cluster.run("train", *places, f"{place}/killed", *network, "--seed", "1")
     assert code == 5, printed
 

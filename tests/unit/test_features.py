@@ -22,14 +22,14 @@ from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import NotFoundError, OutputConflictError, UsageError
 from fruitray.features import Work, blocks, embed, features_key, make_parts, missing_parts, read_features
 from fruitray.fit import fit
-from fruitray.index import SCHEMA, Index, index_place, read_index, write_index
+from fruitray.index import Index, index_place, read_index
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import LocalStorage, open_storage
-from fruitray.synthetic import LABELS, draw
+from fruitray.synthetic import draw
 from tests.tables import index_of, photo, singles
+from tests.unit.runs import TRAIN, VAL, keep_features, write_photos_and_index
 
 CPU = torch.device("cpu")
-TRAIN, VAL = 12, 6
 
 
 @pytest.fixture
@@ -40,41 +40,9 @@ def index_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return write_photos_and_index(tmp_path)
 
 
-def write_photos_and_index(folder: Path, seed: int = 0) -> str:
-    photos = LocalStorage(str(folder / "photos"))
-    for number in range(TRAIN + VAL):
-        path = folder / "photos" / LABELS[number % 3] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(LABELS[number % 3], number + seed, (64, 64)).save(path)
-    rows = [
-        {
-            "uri": photos.uri_of(entry.key),
-            "label": entry.key.partition("/")[0],
-            "bytes": entry.size,
-            "etag": entry.etag,
-            "split": "train" if int(Path(entry.key).stem) < TRAIN else "val",
-        }
-        for entry in photos.list()
-    ]
-    out = folder / f"index-{seed}"
-    write_index(LocalStorage(str(out)), pa.Table.from_pylist(rows, SCHEMA), photos.uri)
-    return str(out)
-
-
 def network(seed: int = 0, **settings: Any) -> Classifier:
     """One without batch norm, so that its trunk computes the same in training as in evaluation."""
     return build(ModelConfig(**{"backbone": "cnn", "image_size": 64, "dropout": 0.3, **settings}), 3, seed)[0]
-
-
-def keep_features(index_uri: str, model: Classifier, policy: str = "none", *, folds: bool = False) -> int:
-    """What `cluster/embed.py` does, in this process; how many views the trunk saw."""
-    index, seen = read_index(index_uri), Counter[str]()
-    hook = model.trunk.register_forward_hook(lambda _, inputs, __: seen.update(views=len(inputs[0])))
-    key = features_key(index, model)
-    for work in missing_parts(index_uri, index, key, policy, folds=folds):
-        make_parts(model, open_storage(index.images), index_place(index_uri)[0], key, work, CPU)
-    hook.remove()
-    return seen["views"]
 
 
 def kept(index_uri: str, model: Classifier, split: str = "train", variants: Sequence[str] = EIGHT) -> torch.Tensor:

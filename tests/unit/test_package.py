@@ -6,54 +6,43 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 
-from fruitray.backbones import Classifier, build
+import fruitray
 from fruitray.config import ModelConfig
 from fruitray.errors import ModelRejectedError
 from fruitray.images import decode, image_error
+from fruitray.inference import UNCALIBRATED, Inference
 from fruitray.package import load_package, save_package
 from fruitray.predictor import Prediction, Predictor
 from fruitray.storage import LocalStorage
 from fruitray.synthetic import LABELS, draw, photo_set
-
-CONFIG = ModelConfig(backbone="cnn", image_size=64)
-
-
-def network(config: ModelConfig = CONFIG) -> Classifier:
-    """A network whose answers differ widely from photo to photo, as those of a fresh one do not."""
-    model, size = build(config, 3)[0].eval(), config.image_size
-    assert isinstance(size, int)
-    photos = [decode(jpeg(draw(LABELS[number % 3], number, (size, size)))) for number in range(9)]
-    with torch.no_grad():
-        logits = model(torch.stack([torch.tensor(photo.pixels) for photo in photos]))
-        scale, last = 4 / logits.std(dim=0), model.head[-1]
-        last.weight *= scale[:, None]
-        last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
-    return model
+from tests.unit.runs import CONFIG, jpeg, network
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    save_package(LocalStorage(str(tmp_path / "package")), network(), CONFIG, LABELS, {"metrics": {"accuracy": 0.9}})
+    """A package with two files beside the weights."""
+    save(tmp_path / "package")
     return tmp_path / "package"
+
+
+def save(folder: Path, inference: Inference = UNCALIBRATED) -> None:
+    files = {"metrics.json": b'{"accuracy": 0.9}', "README.md": b"# a model"}
+    facts = {"metrics": {"accuracy": 0.9}}
+    save_package(LocalStorage(str(folder)), network(), CONFIG, LABELS, facts, inference=inference, files=files)
 
 
 @pytest.fixture(scope="module")
 def files() -> list[bytes]:
     """Ten JPEG files of several sizes that decode."""
     return [jpeg(draw(LABELS[n % 3], n, size)) for n, size in zip(range(10), [(90, 64), (64, 64)] * 5, strict=True)]
-
-
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG")
-    return file.getvalue()
 
 
 def describe(package: Path, **changes: Any) -> None:
@@ -65,13 +54,14 @@ def describe(package: Path, **changes: Any) -> None:
 def replace_weights(package: Path, data: bytes) -> None:
     """Put other bytes in the place of the weights, hash and all."""
     (package / "model.safetensors").write_bytes(data)
-    describe(package, weights_sha256=hashlib.sha256(data).hexdigest())
+    files = json.loads((package / "package.json").read_text())["files"]
+    describe(package, files=files | {"model.safetensors": hashlib.sha256(data).hexdigest()})
 
 
 def edit_weights(package: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = load((package / "model.safetensors").read_bytes())
+    state = load_safetensors((package / "model.safetensors").read_bytes())
     edit(state)
-    replace_weights(package, save(state))
+    replace_weights(package, save_safetensors(state))
 
 
 def predict(package: Path, contents: list[Any], **settings: Any) -> list[Prediction]:
@@ -115,6 +105,24 @@ def test_predictions_are_those_of_the_model(package: Path, files: list[bytes]) -
     assert [(one.width, one.height) for one in predictions[:2]] == [(90, 64), (64, 64)]
 
 
+def test_a_temperature_changes_confidences_and_no_labels(tmp_path: Path, package: Path, files: list[bytes]) -> None:
+    save(tmp_path / "cooler", Inference(temperature=2.0, threshold=0.5))
+    plain, cooler = predict(package, files), predict(tmp_path / "cooler", files)
+    assert verdicts(cooler) == verdicts(plain), "the threshold, too, changes none"
+    for before, after in zip(plain, cooler, strict=True):
+        roots = torch.tensor(before.top_scores).sqrt()  # softmax(logits / 2), before it is divided by its sum
+        assert after.top_scores == pytest.approx((roots / roots.sum()).tolist(), abs=1e-4)
+
+
+def test_two_lines_open_a_package_and_predict(package: Path, files: list[bytes]) -> None:
+    assert fruitray.load(str(package)).predict(files) == predict(package, files)
+
+
+def test_what_the_library_offers_is_listed() -> None:
+    ours = {name for name, thing in vars(fruitray).items() if not isinstance(thing, ModuleType) and name[0] != "_"}
+    assert fruitray.__all__ == sorted({"__version__", *ours} - {"TYPE_CHECKING"}) == ["__version__", "load"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
 def test_the_batch_size_does_not_change_the_labels(package: Path, files: list[bytes], batch_size: int) -> None:
     whole, parts = (predict(package, files, batch_size=size) for size in (10, batch_size))
@@ -156,16 +164,16 @@ def test_a_collection_with_faults_gets_one_prediction_per_file(package: Path) ->
 
 
 def test_two_saves_of_one_model_are_one_model(tmp_path: Path, package: Path) -> None:
-    save_package(LocalStorage(str(tmp_path / "again")), network(), CONFIG, LABELS, {"metrics": {"accuracy": 0.9}})
+    save(tmp_path / "again")
     assert load_package(str(package)).model_id == load_package(str(tmp_path / "again")).model_id
 
 
 def test_facts_cannot_hide_what_the_package_says_of_itself(tmp_path: Path) -> None:
-    save_package(LocalStorage(str(tmp_path)), network(), CONFIG, LABELS, {"classes": ["x"], "format": 9})
+    save_package(LocalStorage(str(tmp_path)), network(), CONFIG, LABELS, {"classes": ["x"], "format": 9, "tta": 1})
     assert load_package(str(tmp_path)).classes == LABELS
 
 
-@pytest.mark.parametrize("missing", ["package.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", ["package.json", "model.safetensors", "metrics.json", "README.md"])
 def test_a_package_with_a_file_missing_is_rejected(package: Path, missing: str) -> None:
     (package / missing).unlink()
     rejected(package, missing)
@@ -176,7 +184,7 @@ def test_a_place_that_is_not_there_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "3", '"text"', "{}", '{"format": 1}', "\udcff", "[" * 100_000], ids=range(10)
+    "text", ["", "{", "null", "[]", "3", '"text"', "{}", '{"format": 2}', "\udcff", "[" * 100_000], ids=range(10)
 )
 def test_a_description_that_is_none_is_rejected(package: Path, text: str) -> None:
     (package / "package.json").write_text(text, errors="surrogateescape")
@@ -186,7 +194,7 @@ def test_a_description_that_is_none_is_rejected(package: Path, text: str) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
         {"format": None},
         {"model": None},
         {"model": {"backbone": "unheard_of"}},
@@ -201,7 +209,23 @@ def test_a_description_that_is_none_is_rejected(package: Path, text: str) -> Non
         {"preprocessing": {"size": -1}},
         {"preprocessing": {"size": 64, "mean": ["a", "b", "c"]}},
         {"preprocessing": {"size": 64, "std": [0, 0, 0]}},
-        {"weights_sha256": None},
+        {"files": None},
+        {"files": {}},
+        {"files": {"model.safetensors": None}},
+        {"files": ["model.safetensors"]},
+        {"temperature": None},
+        {"temperature": 0.0},
+        {"temperature": -1.5},
+        {"temperature": 1e-300},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1.0"},
+        {"temperature": True},
+        {"threshold": 1.5},
+        {"threshold": float("nan")},
+        {"threshold": [0.5]},
+        {"tta": 1},
+        {"tta": None},
     ],
     ids=str,
 )
@@ -227,12 +251,29 @@ def test_a_description_of_another_model_is_rejected(package: Path, changes: dict
     rejected(package)
 
 
-@pytest.mark.parametrize("position", [0, 100, -1])
-def test_one_changed_byte_of_the_weights_is_noticed(package: Path, position: int) -> None:
-    data = bytearray((package / "model.safetensors").read_bytes())
+@pytest.mark.parametrize("field", ["temperature", "threshold", "tta", "files"])
+def test_a_description_without_a_field_is_rejected(package: Path, field: str) -> None:
+    description = json.loads((package / "package.json").read_text())
+    del description[field]
+    (package / "package.json").write_text(json.dumps(description))
+    rejected(package, field)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "", "a/b"])
+def test_a_description_leads_nowhere_else(package: Path, name: str) -> None:
+    (package.parent / "secret").write_text("")
+    files = json.loads((package / "package.json").read_text())["files"]
+    describe(package, files=files | {name: hashlib.sha256(b"").hexdigest()})
+    rejected(package, "plain names")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.json", "README.md"])
+@pytest.mark.parametrize("position", [0, 5, -1])
+def test_one_changed_byte_of_any_file_is_noticed(package: Path, name: str, position: int) -> None:
+    data = bytearray((package / name).read_bytes())
     data[position] ^= 1
-    (package / "model.safetensors").write_bytes(data)
-    rejected(package, "SHA-256")
+    (package / name).write_bytes(data)
+    rejected(package, f"{name}: does not have the SHA-256")
 
 
 @pytest.mark.parametrize(
