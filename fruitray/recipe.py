@@ -99,6 +99,23 @@ def make_recipe(
     return Recipe(model, module, train, val)
 
 
+def validation_photos(index: Index, model: Classifier, device: torch.device = CPU) -> Batches:
+    """The photos that the index's own split holds out, in its order, where the recipe has their embeddings only.
+
+    Raises:
+        OutputConflictError: a photo is no longer what the index says.
+    """
+    entries, labels = index.rows("val")
+    return Batches(
+        inputs=decoded_photos(open_storage(index.images), entries, model.preprocessing),
+        labels=torch.tensor(labels),
+        rows=torch.arange(len(labels)),
+        classes=len(index.classes),
+        batch_size=VAL_BATCH,
+        device=device,
+    )
+
+
 def _embeddings(
     index_uri: str,
     index: Index,
