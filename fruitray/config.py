@@ -320,6 +320,12 @@ class TrainConfig:
     """The best.json of `tune`: what model and training start from; options given beside it win."""
     model: ModelConfig = ModelConfig()
     fit: FitConfig = FitConfig()
+    tta: bool = False
+    """Test-time augmentation: average over each photo and its mirror image, when the final model is evaluated and, as
+    the package says so, when it scores. Twice the work; what it brings is measured."""
+    coverage: float = 0.95
+    """Share of the validation photos that the package's confidence threshold lets pass: photos below it may show none
+    of the classes."""
     workers: int = 1
     """Data-parallel workers."""
     gpu: bool = False
@@ -327,6 +333,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
+        require(0 < self.coverage <= 1, "coverage", self.coverage, "must lie in (0, 1]")
         object.__setattr__(self, "fit", suited(self.model, self.fit))
 
 

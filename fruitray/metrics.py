@@ -32,11 +32,6 @@ def recalls(counts: torch.Tensor) -> list[float]:
     return shares
 
 
-def precisions(counts: torch.Tensor) -> list[float]:
-    """Per predicted class, the share that was right; 0 for a class never predicted."""
-    return recalls(counts.T)
-
-
 def distinguishable(first: torch.Tensor, second: torch.Tensor) -> float:
     """p-value of two models being equally good, from (N,) bool: whether each was right, on the same photos.
 

@@ -24,7 +24,6 @@ from fruitray.commit import read_manifest
 from fruitray.config import DemoConfig, ModelConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import UsageError, WeightsError
-from fruitray.package import read_description
 from fruitray.s3server import find_binary, s3_server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
@@ -34,7 +33,7 @@ BUCKET = "s3://fruit"
 OUTPUTS = {
     "index": "index.parquet: every photo, its facts and its split",
     "tune": "trials.parquet and best.json",
-    "model": "the model package: package.json and model.safetensors",
+    "model": "the model package: package.json, model.safetensors, and its evaluation; README.md is its model card",
     "scores": "data/part-*.parquet: one row per photo; manifest.json",
 }
 
@@ -119,7 +118,7 @@ def _copy(source: Storage, target: Storage) -> None:
 def _show(kept: Path, scored_per_s: float, seconds: float) -> None:
     say("\n=== the demo's results ===")
     show_trials(pq.read_table(kept / "tune" / "trials.parquet").to_pylist())
-    show_metrics(read_description(open_storage(str(kept / "model")))[0])
+    show_metrics(open_storage(str(kept / "model")))
     show_rows(read_manifest(open_storage(str(kept / "scores"))))
     say(f"scored {scored_per_s:.1f} images/s, start-up included; the whole demo took {seconds:.0f} s")
     show_table("outputs", [{"folder": str(kept / name), "what": what} for name, what in OUTPUTS.items()])

@@ -1,11 +1,13 @@
-"""train: the final model on 1..N workers, resumable by the same command, ending in a model package."""
+"""train: the final model on 1..N workers, resumable by the same command, ending in an evaluated model package."""
 
 import os
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 import ray.exceptions
 import ray.train
 import ray.train.torch
@@ -15,18 +17,38 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import layer_summary
+from fruitray.card import FILE as CARD
+from fruitray.card import model_card, show_evaluation
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
-from fruitray.console import say, show_table
+from fruitray.evaluation import FILE as METRICS
+from fruitray.evaluation import Evaluation, evaluate_recipe
 from fruitray.fit import Epoch, fit
-from fruitray.index import read_index
-from fruitray.metrics import precisions, recalls, wilson_interval
-from fruitray.package import DESCRIPTION, load_package, read_description, save_package
-from fruitray.recipe import make_recipe
+from fruitray.index import Index, read_index
+from fruitray.metrics import recalls, wilson_interval
+from fruitray.package import DESCRIPTION, Package, load_package, read_description, read_file, save_package
+from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import Storage, open_storage
+from fruitray.tables import field, parquet
 
 KEPT_CHECKPOINTS = 2
+
+HISTORY = pa.schema(
+    column.with_nullable(False)
+    for column in [
+        field("epoch", pa.int32(), "from 1"),
+        field("train_loss", pa.float64(), "mean over the training examples, as it is minimised"),
+        field("val_loss", pa.float64(), "mean cross-entropy over the validation photos"),
+        field("accuracy", pa.float64(), "share of the validation photos that was right"),
+        field("accuracy_low", pa.float64(), "95% Wilson interval of the accuracy"),
+        field("accuracy_high", pa.float64(), "95% Wilson interval of the accuracy"),
+        field("recalls", pa.list_(pa.float64()), "per class, in the order of their names"),
+        field("seconds", pa.float64(), "of the epoch, validation included"),
+        field("images_per_s", pa.float64(), "training examples per second, validation left out"),
+    ]
+)
+"""`history.parquet`: a row per epoch."""
 
 
 def run(config: TrainConfig) -> str:
@@ -44,8 +66,7 @@ def run(config: TrainConfig) -> str:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
-    description, model_id = read_description(out)
-    show_metrics(description)
+    model_id = show_metrics(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
 
 
@@ -110,15 +131,40 @@ def _work(job: dict[str, Any]) -> None:
             with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
                 job["lines"].put(_line(epoch, fit_config))
     if rank == 0:
-        facts = {
-            "initial_weights": initial.description["initial_weights"],
-            "initial_state_hash": initial.description["state_hash"],
-            "index": {"uri": config["index"], "sha256": index.sha256},
-            "fit": config["fit"],
-            "metrics": max(history, key=lambda row: (row["accuracy"], -row["val_loss"])),
-            "history": history,
-        }
-        save_package(open_storage(job["out"]), recipe.model, model_config, index.classes, facts)
+        _write_package(job, recipe, index, initial, history, device)
+
+
+def _write_package(
+    job: dict[str, Any], recipe: Recipe, index: Index, initial: Package, history: list[dict[str, Any]], device: Any
+) -> None:
+    """Evaluate the final model, which `recipe` holds, on all validation photos, and write its package."""
+    config, out = job["config"], open_storage(job["out"])
+    model_config = ModelConfig(**config["model"])
+    evaluation, predictions = evaluate_recipe(
+        recipe, index, tta=config["tta"], coverage=config["coverage"], device=device
+    )
+    facts = {
+        "initial_weights": initial.description["initial_weights"],
+        "initial_state_hash": initial.description["state_hash"],
+        "index": {"uri": config["index"], "sha256": index.sha256, **_photos(index)},
+        "fit": config["fit"],
+        "epochs": len(history),
+        "best_epoch": max(history, key=lambda row: (row["accuracy"], -row["val_loss"]))["epoch"],
+        "metrics": evaluation.summary,
+    }
+    files = {
+        METRICS: evaluation.to_json(),
+        "history.parquet": parquet(pa.Table.from_pylist(history, HISTORY)),
+        "predictions.parquet": parquet(predictions),
+        CARD: model_card(recipe.model, model_config, facts, evaluation, out.uri).encode(),
+    }
+    save_package(out, recipe.model, model_config, index.classes, facts, inference=evaluation.inference, files=files)
+
+
+def _photos(index: Index) -> dict[str, dict[str, int]]:
+    """How many photos of each class train, and validate."""
+    counts = {split: Counter(index.rows(split)[1]) for split in ("train", "val")}
+    return {split: {name: its[number] for number, name in enumerate(index.classes)} for split, its in counts.items()}
 
 
 def _sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,16 +174,16 @@ def _sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _measured(epoch: Epoch) -> dict[str, Any]:
-    """What is kept of an epoch in package.json."""
+    """The row of `HISTORY`."""
+    low, high = wilson_interval(epoch.counts)
     return {
         "epoch": epoch.number,
         "train_loss": epoch.train_loss,
         "val_loss": epoch.val_loss,
         "accuracy": epoch.accuracy,
-        "accuracy_interval": list(wilson_interval(epoch.counts)),
+        "accuracy_low": low,
+        "accuracy_high": high,
         "recalls": recalls(epoch.counts),
-        "precisions": precisions(epoch.counts),
-        "confusion": epoch.counts.tolist(),
         "seconds": epoch.seconds,
         "images_per_s": epoch.images_per_s,
     }
@@ -169,15 +215,12 @@ def _read_checkpoint() -> dict[str, Any] | None:
     return state
 
 
-def show_metrics(description: dict[str, Any]) -> None:
-    """The confusion table and the accuracy that a package's description keeps."""
-    metrics, classes = description["metrics"], description["classes"]
-    show_table(
-        "confusion on the validation photos: true classes down, predicted across",
-        [
-            {"": name, **dict(zip(classes, counts, strict=True)), "recall": recall}
-            for name, counts, recall in zip(classes, metrics["confusion"], metrics["recalls"], strict=True)
-        ],
-    )
-    low, high = metrics["accuracy_interval"]
-    say(f"validation accuracy {metrics['accuracy']:.4f} (95% interval {low:.4f}-{high:.4f})")
+def show_metrics(out: Storage) -> str:
+    """Show the evaluation that the package in `out` keeps; answers its model id.
+
+    Raises:
+        ModelRejectedError: there is none, or it is not the one that was written.
+    """
+    description, model_id = read_description(out)
+    show_evaluation(Evaluation.from_json(read_file(out, description, METRICS)))
+    return model_id

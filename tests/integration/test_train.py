@@ -5,13 +5,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import torchvision
 
-from fruitray.package import load_package, read_description
+from fruitray.package import load_package
 from fruitray.storage import open_storage
 from tests.cluster import Cluster
 
@@ -33,16 +35,34 @@ def _kill_when(job: subprocess.Popen[str], line: str) -> str:
     return printed
 
 
+def _table(uri: str) -> list[dict[str, Any]]:
+    folder, _, name = uri.rpartition("/")
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(open_storage(folder).read(name))).to_pylist()
+    return rows
+
+
+def _history(model: str) -> list[dict[str, Any]]:
+    return _table(f"{model}/history.parquet")
+
+
 def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> None:
     model, scores = f"{place}/model", f"{place}/scores"
-    network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", *SMALL)
+    network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", "--tta", *SMALL)
     code, printed = cluster.run("train", "--index", f"{place}/index", "--out", model, *network)
     assert code == 0, printed
-    assert load_package(model).description["model"]["backbone"] == "efficientnet_b2"
+    package, card = load_package(model), open_storage(model).read("README.md").decode()
+    assert package.description["model"]["backbone"] == "efficientnet_b2"
+    assert package.inference.tta
+    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in card
+    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in printed
     code, printed = cluster.run("score", "--package", model, "--images", f"{place}/raw", "--out", scores)
     assert code == 0, printed
     code, printed = cluster.run("verify", "--out", scores)
     assert (code, "60 inputs, one row each (2 errors)" in printed) == (0, True), printed
+    parts = [entry.key for entry in open_storage(scores).list("data/")]
+    scored = {row["uri"]: row for part in parts for row in _table(f"{scores}/{part}")}
+    for row in _table(f"{model}/predictions.parquet"):
+        assert scored[row["uri"]]["confidence"] == pytest.approx(row["confidence"], abs=0.02)
 
 
 def test_a_frozen_backbone_is_tuned_and_trained_on_its_embeddings(cluster: Cluster, place: str, weights: Path) -> None:
@@ -74,8 +94,7 @@ def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str) -> 
             "train", "--index", f"{place}/index", "--out", f"{place}/m{workers}", "--workers", workers, *network, *SMALL
         )
         assert code == 0, printed
-        history = read_description(open_storage(f"{place}/m{workers}"))[0]["history"]
-        losses.append([(epoch["train_loss"], epoch["val_loss"]) for epoch in history])
+        losses.append([(epoch["train_loss"], epoch["val_loss"]) for epoch in _history(f"{place}/m{workers}")])
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.02)
 
 
@@ -87,8 +106,8 @@ def test_a_killed_training_resumes_to_the_same_weights(cluster: Cluster, place: 
     code, printed = cluster.run("train", *places, f"{place}/killed", *network)
     assert code == 0, printed
     assert "epoch 1 of 6" not in printed, "it must go on, not start again"
-    calm, killed = (read_description(open_storage(f"{place}/{name}"))[0] for name in ("calm", "killed"))
-    assert len(killed["history"]) == 6
+    calm, killed = (load_package(f"{place}/{name}").description for name in ("calm", "killed"))
+    assert len(_history(f"{place}/killed")) == killed["epochs"] == 6
     assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
     code, printed = cluster.run("train", *places, f"{place}/killed", *network, "--seed", "1")
     assert code == 5, printed
