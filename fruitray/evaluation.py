@@ -146,13 +146,12 @@ def evaluate_recipe(
     Embeddings that are there are used, but cannot be mirrored: with `tta` the photos are decoded and the whole model
     runs.
     """
-    module, val = recipe.module, replace(recipe.val, rank=0, world=1)
-    mirrored = None
+    val, mirrored = replace(recipe.val, rank=0, world=1), None
     if tta:
-        module = recipe.model
-        val = val if recipe.module is module else validation_photos(index, recipe.model, device)
-        mirrored = _compare(module, val, device)
-    logits, _ = compute_logits(module, val, device, Inference(tta=tta))
+        photos = val if recipe.module is recipe.model else validation_photos(index, recipe.model, device)
+        logits, mirrored = _mirrored_logits(recipe.model, photos, device)
+    else:
+        logits, _ = compute_logits(recipe.module, val, device, UNCALIBRATED)
     uris = [f"{index.images}/{entry.key}" for entry in index.rows("val")[0]]
     return evaluate_logits(logits, val.labels[val.rows], index.classes, uris, coverage=coverage, tta=mirrored)
 
@@ -172,13 +171,16 @@ def compute_logits(
     return logits, seconds
 
 
-def _compare(module: nn.Module, batches: Batches, device: torch.device) -> TtaMetrics:
-    """Run without and with mirror images, after a run that is not timed: the first one has memory to get."""
-    compute_logits(module, replace(batches, rows=batches.rows[: batches.batch_size]), device, UNCALIBRATED)
-    logits, plain = compute_logits(module, batches, device, UNCALIBRATED)
-    _, both = compute_logits(module, batches, device, Inference(tta=True))
-    right = logits.argmax(dim=1) == batches.labels[batches.rows]
-    return TtaMetrics(accuracy_without=right.double().mean().item(), seconds_ratio=both / plain)
+def _mirrored_logits(module: nn.Module, photos: Batches, device: torch.device) -> tuple[torch.Tensor, TtaMetrics]:
+    """As `compute_logits`, with mirror images; and what they bring and cost.
+
+    A first batch is not timed: it has memory to get.
+    """
+    compute_logits(module, replace(photos, rows=photos.rows[: photos.batch_size]), device, UNCALIBRATED)
+    plain, seconds = compute_logits(module, photos, device, UNCALIBRATED)
+    logits, longer = compute_logits(module, photos, device, Inference(tta=True))
+    right = plain.argmax(dim=1) == photos.labels[photos.rows]
+    return logits, TtaMetrics(accuracy_without=right.double().mean().item(), seconds_ratio=longer / seconds)
 
 
 def evaluate_logits(
@@ -294,7 +296,7 @@ def _predictions(scores: torch.Tensor, labels: torch.Tensor, classes: Sequence[s
         "predicted": [classes[number] for number in predicted.tolist()],
         "confidence": confidences.tolist(),
         "right": (predicted == labels).tolist(),
-        "scores": scores.tolist(),
+        "scores": list(scores.numpy()),
     }
     return pa.Table.from_pydict(columns, PREDICTIONS)
 
