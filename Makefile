@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
-.PHONY: install demo test lint unit integration e2e bench clean
+.PHONY: install demo test lint unit integration e2e chaos bench clean
 
 install: .venv/.installed
 
@@ -24,6 +24,9 @@ lint: install
 
 unit integration e2e: install
 	$(RUN) pytest tests/$@
+
+chaos: install
+	$(RUN) pytest tests/integration/test_train_faults.py --rounds 3
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

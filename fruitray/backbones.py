@@ -21,8 +21,9 @@ from fruitray.weights import Weights
 class Classifier(nn.Module):
     """A trunk that embeds photos and a head that tells classes: (B, 3, S, S) uint8 -> (B, C) float32 logits.
 
-    The trunk computes in bfloat16 where the device is fast at it; normalisation and the head stay in float32. A frozen
-    trunk only ever evaluates: its statistics stay, nothing in it drops out, and there is no backward pass through it.
+    The trunk computes in bfloat16 where the device is fast at it, unless `full_precision` is set; normalisation and the
+    head stay in float32. A frozen trunk only ever evaluates: its statistics stay, nothing in it drops out, and there is
+    no backward pass through it.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
@@ -30,6 +31,7 @@ class Classifier(nn.Module):
         self.trunk = trunk
         self.head = head
         self.preprocessing = preprocessing
+        self.full_precision = False
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
@@ -50,7 +52,7 @@ class Classifier(nn.Module):
     def embed(self, photos: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32, what the head sees."""
         inputs = (photos.float() - self.mean) / self.std
-        with autocast(photos.device):
+        with contextlib.nullcontext() if self.full_precision else autocast(photos.device):
             embedding: torch.Tensor = self.trunk(inputs)
         return embedding.float()
 

@@ -134,14 +134,14 @@ class Batches:
         """How many an epoch shows: one per row, or as many as the policy makes of each."""
         return len(self.rows) * copies(self.policy)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """This worker's share of each batch of epoch `number`.
+    def epoch(self, number: int, done: int = 0) -> Iterator[Batch]:
+        """This worker's share of each batch of epoch `number` but the first `done`.
 
         Order and augmentation of each photo depend on (seed, number), and on its place among the N, alone.
         """
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
         order = torch.randperm(self.examples, generator=generator) if self.shuffle else torch.arange(self.examples)
-        for chosen in order.tensor_split(len(self)):
+        for chosen in order.tensor_split(len(self))[done:]:
             mine, partners = (those[self.rank :: self.world] for those in (chosen, chosen.roll(1)))
             shown = self._mixed(mine, partners, number) if mixes(self.policy) else self._shown(mine, number)
             yield Batch(*shown, len(chosen), mine)

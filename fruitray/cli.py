@@ -21,6 +21,7 @@ JOBS: dict[str, type[Any]] = {
     "train": configs.TrainConfig,
     "score": configs.ScoreConfig,
     "verify": configs.VerifyConfig,
+    "export": configs.ExportConfig,
     "demo": configs.DemoConfig,
 }
 """Each job's config; `fruitray.cluster.NAME.run(config)` does the work and answers the line to end with."""

@@ -327,12 +327,17 @@ class TrainConfig:
     """Share of the validation photos that the package's confidence threshold lets pass: photos below it may show none
     of the classes."""
     workers: int = 1
-    """Data-parallel workers."""
+    """Data-parallel workers; what is learned does not depend on their number."""
     gpu: bool = False
     """Give each worker one GPU."""
+    checkpoint_minutes: float = 5.0
+    """Save a checkpoint when this time has passed, in the middle of an epoch too, and after each epoch unless that took
+    much time; a run that is broken off loses no more than what came after its last one."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
+        minutes = self.checkpoint_minutes
+        require(0 <= minutes < math.inf, "checkpoint_minutes", minutes, "must not be negative")
         require(0 < self.coverage <= 1, "coverage", self.coverage, "must lie in (0, 1]")
         object.__setattr__(self, "fit", suited(self.model, self.fit))
 
@@ -366,6 +371,23 @@ class ScoreConfig:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")
         require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Write a model package as ONNX or torch.export; checked on photos against the package's own answers."""
+
+    package: str
+    """What `train` wrote."""
+    out: str
+    """Folder or s3:// prefix for the exported model, `model.onnx` or `model.pt2`, and `export.json`, which says what
+    goes in, what comes out, and how exactly it answers as the package does."""
+    format: Literal["onnx", "torch"] = "onnx"
+    """What to write; both take batches of any size.
+    - onnx: model.onnx, one file, for ONNX Runtime and others (pip install fruitray[export])
+    - torch: model.pt2, for torch.export.load"""
+    images: str | None = None
+    """Folder or s3:// prefix of photos to check it on; some of them are taken. When not given, drawn ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ FruitrayError                  exit code
 ├── DivergedError              1   training blew up
 ├── TrialsFailedError          1   not one trial came to a result
 ├── ModelRejectedError         7   a model package or a weights file is broken or does not fit
+│   └── ExportError                a model cannot be exported, or its export answers otherwise
 ├── TryAgainError              75  a passing fault; the same command goes on where this one stopped
 └── ImageError                 -   a photo that cannot be used: becomes a row, never ends a job
 """
@@ -164,6 +165,10 @@ class ModelRejectedError(FruitrayError):
     uri: str
     reason: str
     exit_code: ClassVar[int] = 7
+
+
+class ExportError(ModelRejectedError):
+    """The model package at `uri` cannot be exported, or its export does not answer as it does."""
 
 
 @dataclass(eq=False)

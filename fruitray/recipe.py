@@ -84,8 +84,9 @@ def make_recipe(
         world=world,
         device=device,
     )
-    everyone = train.examples // len(train) >= world
-    require(everyone, "batch_size", config.batch_size, f"must give each of the {world} workers a photo in every step")
+    share = train.examples // len(train) // world
+    rule = f"must give each of the {world} workers a photo for each of the {config.accumulate} parts of a step"
+    require(share >= (config.accumulate if world > 1 else 1), "batch_size", config.batch_size, rule)
     val = replace(
         train,
         inputs=val_inputs,

@@ -108,6 +108,10 @@ class S3Storage(Storage):
                     time.sleep(0.2 * 2**attempt)
         raise AssertionError("unreachable")
 
+    def delete(self, key: str) -> None:
+        with _errors(self.uri_of(key)):
+            self._client.delete_object(Bucket=self._bucket, Key=self._root + key)
+
     def exists(self, key: str) -> bool:
         try:
             with _errors(self.uri_of(key)):

@@ -1,6 +1,6 @@
 """The one seam to storage: a local folder or an `s3://bucket/prefix` (any endpoint), behaving alike.
 
-    list -> read -> write -> create (write only where nothing is)
+    list -> read -> write -> create (write only where nothing is) -> delete
 
 Endpoint and keys come from the standard AWS environment or an instance role. What a photo is, and which files are
 photos, is not known here.
@@ -13,7 +13,7 @@ import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class Storage(ABC):
     @abstractmethod
     def create(self, key: str, data: bytes) -> bool:
         """Store `data` if nothing is at `key`, else answer False. Atomic where the store can, see `creates_once`."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object at `key`, if there is one."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -154,6 +158,10 @@ class LocalStorage(Storage):
             except FileExistsError:
                 return False
         return True
+
+    def delete(self, key: str) -> None:
+        with suppress(NotFoundError), _errors(self.uri_of(key)):
+            os.unlink(self.uri_of(key))
 
     def exists(self, key: str) -> bool:
         return os.path.isfile(self.uri_of(key))

@@ -45,6 +45,16 @@ class Cluster:
             start_new_session=True,
         )
 
+    def processes(self, word: str) -> list[psutil.Process]:
+        """Those with `word` in their command, of this cluster alone: other clusters may run on this machine."""
+        token = self.environment["RAY_AUTH_TOKEN_PATH"]
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if word in "".join(process.cmdline()) and process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
+                    found.append(process)
+        return found
+
     def run(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
         """(exit code, all it printed) of a job."""
         process = self.start(job, *arguments, folder=folder, **environment)
@@ -60,8 +70,8 @@ _APART = (
 
 
 @contextmanager
-def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
-    """A head node with two CPUs; its files lie in `folder`, whose path must be short."""
+def ray_head(folder: Path, storage: Mapping[str, str], cpus: int = 2) -> Iterator[Cluster]:
+    """A head node; its files lie in `folder`, whose path must be short."""
     gcs, dashboard, *agents = free_ports(10)
     token = folder / "token"
     token.touch(mode=0o600)
@@ -77,23 +87,45 @@ def ray_head(folder: Path, storage: Mapping[str, str]) -> Iterator[Cluster]:
     }
     names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "node-manager")
     ports = [f"--{name}-port={port}" for name, port in zip((*names, "object-manager"), agents, strict=False)]
-    command = [find_binary("ray") or "ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
+    command = [find_binary("ray") or "ray", "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}"]
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", *ports]
     command += ["--object-store-memory=500000000", f"--temp-dir={folder / 'ray'}"]
-    with (folder / "log").open("wb") as log:
-        head = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
+    with _daemon(command, environment, folder) as head:
         there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
         cluster = Cluster(there, f"http://{HOST}:{dashboard}")
         _wait_until_ready(folder, cluster, head)
         yield cluster
+
+
+@contextmanager
+def ray_node(folder: Path, cluster: Cluster, cpus: int = 2) -> Iterator[psutil.Process]:
+    """Another node of `cluster`, with files in `folder`; yields its raylet."""
+    before = {process.pid for process in cluster.processes("/raylet/raylet")}
+    command = [find_binary("ray") or "ray", "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
+    command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", "--object-store-memory=500000000"]
+    with _daemon(command, cluster.environment, folder):
+        deadline = time.monotonic() + READY_WITHIN_S
+        while not (there := [one for one in cluster.processes("/raylet/raylet") if one.pid not in before]):
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield there[0]
+
+
+@contextmanager
+def _daemon(command: list[str], environment: Mapping[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed at the end, with all that it started."""
+    with (folder / "log").open("ab") as log:
+        daemon = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield daemon
     finally:
-        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait()
+        with suppress(psutil.NoSuchProcess):
+            for process in [psutil.Process(daemon.pid), *psutil.Process(daemon.pid).children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        daemon.wait()
 
 
 def _wait_until_ready(folder: Path, cluster: Cluster, head: subprocess.Popen[bytes]) -> None:

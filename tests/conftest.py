@@ -19,6 +19,11 @@ from tests.cluster import Cluster, ray_head
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the fault tests go on; `make chaos` says more than one."""
+    parser.addoption("--rounds", type=int, default=1, help="how often a fault test kills each thing")
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS, one for all tests; see `aws` for the usual way to use it."""

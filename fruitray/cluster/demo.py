@@ -19,11 +19,11 @@ from fruitray.backbones import build
 from fruitray.cli import run_job
 from fruitray.cluster.runtime import own_cluster
 from fruitray.cluster.score import show_rows
-from fruitray.cluster.train import show_metrics
 from fruitray.commit import read_manifest
 from fruitray.config import DemoConfig, ModelConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import UsageError, WeightsError
+from fruitray.final import show_final
 from fruitray.s3server import find_binary, s3_server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
@@ -118,7 +118,7 @@ def _copy(source: Storage, target: Storage) -> None:
 def _show(kept: Path, scored_per_s: float, seconds: float) -> None:
     say("\n=== the demo's results ===")
     show_trials(pq.read_table(kept / "tune" / "trials.parquet").to_pylist())
-    show_metrics(open_storage(str(kept / "model")))
+    show_final(open_storage(str(kept / "model")))
     show_rows(read_manifest(open_storage(str(kept / "scores"))))
     say(f"scored {scored_per_s:.1f} images/s, start-up included; the whole demo took {seconds:.0f} s")
     show_table("outputs", [{"folder": str(kept / name), "what": what} for name, what in OUTPUTS.items()])

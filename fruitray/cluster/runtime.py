@@ -116,7 +116,7 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-FREE = ("config", "workers", "gpu", "cpus_per_trial", "gpus_per_trial")
+FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial")
 """Options that do not decide what comes out, so a job may be resumed with others."""
 FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
 """Those of one job alone."""

@@ -1,58 +1,41 @@
 """train: the final model on 1..N workers, resumable by the same command, ending in an evaluated model package."""
 
-import os
-import tempfile
-from collections import Counter
+import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
 import ray.exceptions
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
-from torch.nn.parallel import DistributedDataParallel
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import layer_summary
-from fruitray.card import FILE as CARD
-from fruitray.card import model_card, show_evaluation
+from fruitray.batch_norm import Synchronised
+from fruitray.checkpoints import Keeper, delete_checkpoints, load_checkpoint, newest_checkpoint
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
-from fruitray.config import FitConfig, ModelConfig, TrainConfig
-from fruitray.evaluation import FILE as METRICS
-from fruitray.evaluation import Evaluation, evaluate_recipe
-from fruitray.fit import Epoch, fit
-from fruitray.index import Index, read_index
-from fruitray.metrics import recalls, wilson_interval
-from fruitray.package import DESCRIPTION, Package, load_package, read_description, read_file, save_package
+from fruitray.config import FitConfig, TrainConfig
+from fruitray.console import say
+from fruitray.errors import find_ours
+from fruitray.final import best_row, history_row, show_final, write_final
+from fruitray.fit import Epoch, fit_with_pauses
+from fruitray.index import read_index
+from fruitray.package import DESCRIPTION, load_package
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import Storage, open_storage
-from fruitray.tables import field, parquet
+from fruitray.tracking import Tracking, tracking
 
-KEPT_CHECKPOINTS = 2
-
-HISTORY = pa.schema(
-    column.with_nullable(False)
-    for column in [
-        field("epoch", pa.int32(), "from 1"),
-        field("train_loss", pa.float64(), "mean over the training examples, as it is minimised"),
-        field("val_loss", pa.float64(), "mean cross-entropy over the validation photos"),
-        field("accuracy", pa.float64(), "share of the validation photos that was right"),
-        field("accuracy_low", pa.float64(), "95% Wilson interval of the accuracy"),
-        field("accuracy_high", pa.float64(), "95% Wilson interval of the accuracy"),
-        field("recalls", pa.list_(pa.float64()), "per class, in the order of their names"),
-        field("seconds", pa.float64(), "of the epoch, validation included"),
-        field("images_per_s", pa.float64(), "training examples per second, validation left out"),
-    ]
-)
-"""`history.parquet`: a row per epoch."""
+FAILURES = 3
+"""How often the workers are started again after a failure, if nothing was reached in between."""
 
 
 def run(config: TrainConfig) -> str:
-    """Train, or resume, and write the package; show its metrics. A finished package is left as it is."""
+    """Train, or resume, and write the package; show its evaluation. A finished package is left as it is."""
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "train", config, index.sha256)
@@ -66,25 +49,37 @@ def run(config: TrainConfig) -> str:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
-    model_id = show_metrics(out)
+        delete_checkpoints(out)
+    model_id = show_final(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
 
 
 def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> None:
-    trainer = ray.train.torch.TorchTrainer(
+    """Run the workers until the package stands, for as long as they get on between one failure and the next."""
+    while True:
+        before = newest_checkpoint(out, say)
+        try:
+            _trainer(config, out, initial_uri, lines).fit()
+            return
+        except ray.train.WorkerGroupError as error:
+            if find_ours(error) or newest_checkpoint(out, say) == before:
+                raise
+            say("train: workers were lost again and again, but it gets on")
+
+
+def _trainer(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> ray.train.torch.TorchTrainer:
+    return ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=_share(config)
         ),
         run_config=ray.train.RunConfig(
-            name="train",
+            name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
             storage_path=f"{out.uri}/_ray",
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
         ),
     )
-    trainer.fit()
 
 
 def _share(config: TrainConfig) -> dict[str, float]:
@@ -98,73 +93,84 @@ def _share(config: TrainConfig) -> dict[str, float]:
 def _work(job: dict[str, Any]) -> None:
     """One worker: its share of every batch; rank 0 keeps checkpoints and writes the package."""
     config, context = job["config"], ray.train.get_context()
-    model_config, fit_config = ModelConfig(**config["model"]), FitConfig(**config["fit"])
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
     index, initial = read_index(config["index"]), load_package(job["initial"])
     recipe = make_recipe(
         config["index"],
         index,
         initial.model,
-        fit_config,
-        frozen=model_config.frozen,
+        FitConfig(**config["fit"]),
+        frozen=config["model"]["frozen"],
         rank=rank,
-        world=world,
+        world=context.get_world_size(),
         device=device,
     )
     recipe.model.to(device)
-    resume = _read_checkpoint()
-    history = resume["history"] if resume else []
-    for epoch in fit(
+    out, tell = open_storage(job["out"]), _teller(job["lines"])
+    with tracking(out, config, rank=rank, warn=tell) as track:
+        history = _fit(recipe, config, out, device, tell, track)
+        track.finish(best_row(history))
+    if rank == 0:
+        write_final(out, config, recipe, index, initial, history, device)
+
+
+def _fit(
+    recipe: Recipe,
+    config: dict[str, Any],
+    out: Storage,
+    device: torch.device,
+    tell: Callable[[str], None],
+    track: Tracking,
+) -> list[dict[str, Any]]:
+    """Train as `recipe` says, keeping checkpoints in `out`; answers a row for each epoch."""
+    fit_config, rank, alone = FitConfig(**config["fit"]), recipe.train.rank, recipe.train.world == 1
+    keeper, resume = Keeper(out, 60 * config["checkpoint_minutes"]), _resume(out, rank, tell)
+    history: list[dict[str, Any]] = resume["history"] if resume else []
+    for moment in fit_with_pauses(
         recipe.module,
         recipe.train,
         recipe.val,
         fit_config,
         device=device,
-        reduce=_sum_over_workers if world > 1 else lambda tensor: tensor,
-        wrap=DistributedDataParallel if world > 1 else lambda module: module,
-        resume=resume["fit"] if resume else None,
+        reduce=_itself if alone else _sum_over_workers,
+        wrap=_itself if alone else Synchronised,
+        due=keeper.due if rank == 0 else lambda: False,
+        resume=resume,
     ):
-        history.append(_measured(epoch))
-        _report(history, epoch, rank)
+        if isinstance(moment, Epoch):
+            history.append(history_row(moment))
+            track.epoch(history[-1])
         if rank == 0:
-            with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
-                job["lines"].put(_line(epoch, fit_config))
+            keeper.keep({**moment.state, "history": history}, now=not isinstance(moment, Epoch))
+        if rank == 0 and isinstance(moment, Epoch):
+            tell(_line(moment, fit_config))
+    return history
+
+
+def _resume(out: Storage, rank: int, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole state, the same for all workers: the first one looks, the others are told its name."""
+    name = newest_checkpoint(out, tell) if rank == 0 else None
+    name = ray.train.collective.broadcast_from_rank_zero(name)
+    if name is None:
+        return None
+    state = load_checkpoint(out, name)
     if rank == 0:
-        _write_package(job, recipe, index, initial, history, device)
+        tell(f"train: going on from a checkpoint, after {state['number']} epochs and {state['step']} steps")
+    return state
 
 
-def _write_package(
-    job: dict[str, Any], recipe: Recipe, index: Index, initial: Package, history: list[dict[str, Any]], device: Any
-) -> None:
-    """Evaluate the final model, which `recipe` holds, on all validation photos, and write its package."""
-    config, out = job["config"], open_storage(job["out"])
-    model_config = ModelConfig(**config["model"])
-    evaluation, predictions = evaluate_recipe(
-        recipe, index, tta=config["tta"], coverage=config["coverage"], device=device
-    )
-    facts = {
-        "initial_weights": initial.description["initial_weights"],
-        "initial_state_hash": initial.description["state_hash"],
-        "index": {"uri": config["index"], "sha256": index.sha256, **_photos(index)},
-        "fit": config["fit"],
-        "epochs": len(history),
-        "best_epoch": max(history, key=lambda row: (row["accuracy"], -row["val_loss"]))["epoch"],
-        "metrics": evaluation.summary,
-    }
-    files = {
-        METRICS: evaluation.to_json(),
-        "history.parquet": parquet(pa.Table.from_pylist(history, HISTORY)),
-        "predictions.parquet": parquet(predictions),
-        CARD: model_card(recipe.model, model_config, facts, evaluation, out.uri).encode(),
-    }
-    save_package(out, recipe.model, model_config, index.classes, facts, inference=evaluation.inference, files=files)
+def _teller(lines: Queue) -> Callable[[str], None]:
+    """Says a line on the driver's console."""
+
+    def tell(line: str) -> None:
+        with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
+            lines.put(line)
+
+    return tell
 
 
-def _photos(index: Index) -> dict[str, dict[str, int]]:
-    """How many photos of each class train, and validate."""
-    counts = {split: Counter(index.rows(split)[1]) for split in ("train", "val")}
-    return {split: {name: its[number] for number, name in enumerate(index.classes)} for split, its in counts.items()}
+def _itself(it: Any) -> Any:
+    return it
 
 
 def _sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,54 +179,8 @@ def _sum_over_workers(tensor: torch.Tensor) -> torch.Tensor:
     return total.to(tensor.device)
 
 
-def _measured(epoch: Epoch) -> dict[str, Any]:
-    """The row of `HISTORY`."""
-    low, high = wilson_interval(epoch.counts)
-    return {
-        "epoch": epoch.number,
-        "train_loss": epoch.train_loss,
-        "val_loss": epoch.val_loss,
-        "accuracy": epoch.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "recalls": recalls(epoch.counts),
-        "seconds": epoch.seconds,
-        "images_per_s": epoch.images_per_s,
-    }
-
-
 def _line(epoch: Epoch, config: FitConfig) -> str:
     losses = f"loss {epoch.train_loss:.4f} train, {epoch.val_loss:.4f} validation"
     speed = f"{epoch.images_per_s:,.0f} images/s"
-    return f"train: epoch {epoch.number} of {config.epochs}, {losses}, accuracy {epoch.accuracy:.4f}, {speed}"
-
-
-def _report(history: list[dict[str, Any]], epoch: Epoch, rank: int) -> None:
-    """Report the epoch, with a checkpoint from rank 0, to go on from."""
-    last = history[-1]
-    if rank:
-        ray.train.report(last)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"fit": epoch.state, "history": history}, os.path.join(folder, "checkpoint.pt"))
-        ray.train.report(last, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _read_checkpoint() -> dict[str, Any] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        state: dict[str, Any] = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    return state
-
-
-def show_metrics(out: Storage) -> str:
-    """Show the evaluation that the package in `out` keeps; answers its model id.
-
-    Raises:
-        ModelRejectedError: there is none, or it is not the one that was written.
-    """
-    description, model_id = read_description(out)
-    show_evaluation(Evaluation.from_json(read_file(out, description, METRICS)))
-    return model_id
+    halved = "" if epoch.parts == config.accumulate else f", too little memory: each step in {epoch.parts} parts"
+    return f"train: epoch {epoch.number} of {config.epochs}, {losses}, accuracy {epoch.accuracy:.4f}, {speed}{halved}"

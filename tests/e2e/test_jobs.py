@@ -57,6 +57,7 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(
         "train": ("--index", index, "--out", model, "--config", f"{tune}/best.json", "--workers", "2"),
         "score": ("--package", model, "--images", raw, "--out", scores, "--shard-rows", "16", "--top-k", "2"),
         "verify": ("--out", scores),
+        "export": ("--package", model, "--images", raw, "--out", f"s3://{aws}/export", "--format", "torch"),
     }
     for job, arguments in chain.items():
         code, log = submit(cluster, job, *arguments)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from datetime import datetime
 
 import boto3
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,19 +61,6 @@ def _wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None
         time.sleep(0.02)
 
 
-def _scorers(cluster: Cluster) -> list[psutil.Process]:
-    """The scoring workers of this cluster alone: other clusters may run on this machine."""
-    token = cluster.environment["RAY_AUTH_TOKEN_PATH"]
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "_Scorer" in "".join(process.cmdline()) and process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_killed_workers_and_drivers_leave_what_an_undisturbed_run_leaves(cluster: Cluster, place: str) -> None:
     code, printed = cluster.run("score", *_arguments(place, "calm"))
     assert code == 0, printed
@@ -85,7 +71,7 @@ def test_killed_workers_and_drivers_leave_what_an_undisturbed_run_leaves(cluster
 
     job = cluster.start("score", *_arguments(place, "disturbed"))
     _wait_for(lambda: committed() >= 3, job)
-    _scorers(cluster)[0].send_signal(signal.SIGKILL)
+    cluster.processes("_Scorer")[0].send_signal(signal.SIGKILL)
     before = committed()
     _wait_for(lambda: committed() > before, job)
     os.killpg(job.pid, signal.SIGKILL)

@@ -87,30 +87,18 @@ def test_a_frozen_backbone_is_tuned_and_trained_on_its_embeddings(cluster: Clust
 
 
 def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str) -> None:
-    losses = []
+    """With batch norm and an average of the weights, in small steps, which do not make much of a last bit."""
+    measured = []
+    network = ("--backbone", "cnn_bn", "--image-size", "96", "--batch-size", "32", "--dropout", "0", "--ema", "0.5")
+    network += ("--optimizer", "sgd", "--learning-rate", "2e-4", "--epochs", "3", "--augment", "mirror+jitter")
     for workers in ("1", "2"):
-        network = ("--backbone", "mlp", "--weights", "none", "--epochs", "2", "--augment", "none", "--dropout", "0")
         code, printed = cluster.run(
-            "train", "--index", f"{place}/index", "--out", f"{place}/m{workers}", "--workers", workers, *network, *SMALL
+            "train", "--index", f"{place}/index", "--out", f"{place}/m{workers}", "--workers", workers, *network
         )
         assert code == 0, printed
-        losses.append([(epoch["train_loss"], epoch["val_loss"]) for epoch in _history(f"{place}/m{workers}")])
-    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.02)
-
-
-def test_a_killed_training_resumes_to_the_same_weights(cluster: Cluster, place: str) -> None:
-    network = ("--backbone", "cnn", "--weights", "none", "--epochs", "6", "--patience", "6", *SMALL)
-    places = ("--index", f"{place}/index", "--out")
-    assert cluster.run("train", *places, f"{place}/calm", *network)[0] == 0
-    _kill_when(cluster.start("train", *places, f"{place}/killed", *network), "epoch 3 of 6")
-    code, printed = cluster.run("train", *places, f"{place}/killed", *network)
-    assert code == 0, printed
-    assert "epoch 1 of 6" not in printed, "it must go on, not start again"
-    calm, killed = (load_package(f"{place}/{name}").description for name in ("calm", "killed"))
-    assert len(_history(f"{place}/killed")) == killed["epochs"] == 6
-    assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
-    code, printed = cluster.run("train", *places, f"{place}/killed", *network, "--seed", "1")
-    assert code == 5, printed
+        names = ("train_loss", "val_loss", "accuracy")
+        measured.append([[epoch[name] for name in names] for epoch in _history(f"{place}/m{workers}")])
+    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=1e-3)
 
 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:

@@ -72,6 +72,9 @@ class Memory(Storage):
     def write(self, key: str, data: bytes) -> None:
         raise AssertionError("nothing in a scored output is ever replaced")
 
+    def delete(self, key: str) -> None:
+        raise AssertionError("nothing in a scored output is ever deleted")
+
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if key in self.objects and not self.weak:
@@ -111,6 +114,9 @@ class Watched(Storage):
 
     def write(self, key: str, data: bytes) -> None:
         self._do(lambda: self.inner.write(key, data))
+
+    def delete(self, key: str) -> None:
+        self._do(lambda: self.inner.delete(key))
 
     def create(self, key: str, data: bytes) -> bool:
         self.writes.append(key)

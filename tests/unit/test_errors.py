@@ -29,6 +29,7 @@ ERRORS = [
     (errors.DivergedError(3, float("nan")), 1, ["nan", "epoch 3"]),
     (errors.TrialsFailedError(URI, "the loss became nan"), 1, [URI, "the loss became nan"]),
     (errors.ModelRejectedError(URI, "its hash is wrong"), 7, [URI, "its hash is wrong"]),
+    (errors.ExportError(URI, "its shares differ by 0.2"), 7, [URI, "differ by 0.2"]),
     (errors.TryAgainError(URI, "the store answers SlowDown"), 75, [URI, "SlowDown"]),
     (ImageError("E_EMPTY", "the file has no bytes"), 1, ["E_EMPTY", "the file has no bytes"]),
 ]

@@ -16,7 +16,7 @@ from fruitray.backbones import Classifier, freeze
 from fruitray.batches import Batches
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError
-from fruitray.fit import Epoch, evaluate, fit
+from fruitray.fit import Epoch, Pause, evaluate, fit, fit_with_pauses
 from fruitray.metrics import confusion
 from fruitray.preprocess import Preprocessing
 
@@ -164,6 +164,81 @@ def test_whatever_the_options_a_resumed_run_equals_an_undisturbed_one(options: d
     assert weights(second) == weights(undisturbed)
 
 
+class Counting(nn.Sequential):
+    """Counts the examples that it is trained on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(*inner)
+        self.trained = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.trained += len(inputs) * self.training
+        logits: torch.Tensor = super().forward(inputs)
+        return logits
+
+
+def pausing(module: nn.Module, config: FitConfig = PLAIN, **settings: Any) -> Iterator[Epoch | Pause]:
+    """`training` with 15 steps in an epoch, and a pause wherever there can be one."""
+    train = clouds(1, shuffle=True, batch_size=8)
+    return fit_with_pauses(module, train, clouds(2), config, device=CPU, due=lambda: True, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "accumulate": 2, "warmup": 0.2}])
+def test_a_run_broken_off_within_an_epoch_goes_on_from_there(options: dict[str, Any]) -> None:
+    config = replace(PLAIN, epochs=3, **options)
+    undisturbed = network(dropout=0.3)
+    moments = [(moment, through_a_file(moment.state)) for moment in pausing(undisturbed, config)]
+    assert [isinstance(moment, Epoch) for moment, _ in moments] == [False, True] * 3
+    for place, (_, state) in enumerate(moments):
+        module = Counting(network(dropout=0.3))
+        rest = [measured(moment) for moment in pausing(module, config, resume=state) if isinstance(moment, Epoch)]
+        assert rest == [measured(moment) for moment, _ in moments[place + 1 :] if isinstance(moment, Epoch)]
+        assert weights(module) == weights(undisturbed)
+        left = 3 * 120 - state["number"] * 120 - state["step"] * 8
+        assert module.trained == left, "what was done is not done again"
+
+
+def test_pauses_change_nothing() -> None:
+    paused, straight = network(dropout=0.3), network(dropout=0.3)
+    found = [measured(moment) for moment in pausing(paused) if isinstance(moment, Epoch)]
+    assert found == [measured(epoch) for epoch in training(straight, train=clouds(1, shuffle=True, batch_size=8))]
+
+
+class Narrow(nn.Module):
+    """A network that has memory for so many examples at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = nn.Sequential(network()[0], nn.Tanh(), network()[4]), most
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training and len(inputs) > self.most:
+            raise torch.OutOfMemoryError("too many")
+        logits: torch.Tensor = self.inner(inputs)
+        return logits
+
+
+def test_out_of_memory_halves_what_is_computed_at_once_and_keeps_the_batch() -> None:
+    roomy, narrow = Narrow(16), Narrow(5)
+    expected, found = list(training(roomy)), list(training(narrow))
+    assert {epoch.parts for epoch in expected} == {1}
+    assert {epoch.parts for epoch in found} == {4}
+    for one, other in zip(expected, found, strict=True):
+        assert other.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+    for name, tensor in roomy.state_dict().items():
+        torch.testing.assert_close(narrow.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_run_remembers_how_much_memory_there_is() -> None:
+    state = next(training(Narrow(5))).state
+    assert next(training(Narrow(16), resume=state)).parts == 4
+
+
+def test_out_of_memory_with_a_single_photo_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        list(training(Narrow(0)))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_every_optimizer_learns_the_toy(optimizer: str, schedule: str) -> None:
@@ -217,6 +292,14 @@ def test_clipped_gradients_move_the_weights_less() -> None:
         list(training(module, replace(PLAIN, optimizer="sgd", epochs=1, clip_norm=norm, weight_decay=0.0)))
         moved.append(float((module.weight - before).norm().detach()))
     assert moved[1] < moved[0] / 5
+
+
+def test_an_epoch_tells_its_last_learning_rate() -> None:
+    constant = replace(PLAIN, schedule="constant", epochs=3)
+    assert [epoch.learning_rate for epoch in training(network(), constant)] == [0.02] * 3
+    cosine = [epoch.learning_rate for epoch in training(network(), PLAIN)]
+    assert cosine == sorted(cosine, reverse=True)
+    assert 0 < cosine[-1] < 0.001 < 0.018 < cosine[0] < 0.02
 
 
 def test_the_warm_up_starts_with_small_steps() -> None:

@@ -354,6 +354,9 @@ class Keys(Storage):
     def write(self, key: str, data: bytes) -> None:
         raise NotImplementedError
 
+    def delete(self, key: str) -> None:
+        raise NotImplementedError
+
     def create(self, key: str, data: bytes) -> bool:
         raise NotImplementedError
 

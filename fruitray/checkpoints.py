@@ -1,0 +1,107 @@
+"""Checkpoints of one training run in storage, committed by a last small object that names their hash.
+
+    checkpoints/000012-00000384-5f0c91b2.pt      12 epochs and 384 steps: what torch made of the state
+    checkpoints/000012-00000384-5f0c91b2.json    its SHA-256 and size; without this, or with another hash, it is none
+
+The token at the end keeps two workers apart of which one was taken for dead. Old checkpoints are deleted when a newer
+one is committed.
+"""
+
+import hashlib
+import io
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fruitray.errors import FruitrayError
+from fruitray.storage import Storage
+
+KEPT = 2
+"""How many are kept: where the newest turns out to be damaged there is one before it."""
+SHARE = 0.1
+"""Of the time since the last one, what a checkpoint at the end of an epoch may take."""
+_FOLDER = "checkpoints/"
+
+
+def save_checkpoint(storage: Storage, state: dict[str, Any]) -> str:
+    """Store `state`, whose `number` epochs and `step` steps say how new it is; answers its name."""
+    name = f"{_FOLDER}{state['number']:06}-{state['step']:08}-{secrets.token_hex(4)}"
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    storage.write(f"{name}.pt", data)
+    said = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    storage.write(f"{name}.json", json.dumps(said).encode())
+    _prune(storage)
+    return name
+
+
+def newest_checkpoint(storage: Storage, tell: Callable[[str], object]) -> str | None:
+    """The name of the newest one that is whole; `tell` is told what is wrong with newer ones."""
+    for name in _committed(storage):
+        if (reason := _damage(storage, name)) is None:
+            return name
+        tell(f"checkpoint {storage.uri_of(name)}.pt {reason}: going on from the one before it")
+    return None
+
+
+def load_checkpoint(storage: Storage, name: str) -> dict[str, Any]:
+    """The state, its tensors on the CPU; nothing but plain data and tensors is ever unpickled."""
+    state: dict[str, Any] = torch.load(io.BytesIO(storage.read(f"{name}.pt")), map_location="cpu", weights_only=True)
+    return state
+
+
+def delete_checkpoints(storage: Storage) -> None:
+    """Remove them all: the training is done."""
+    for entry in [*storage.list(_FOLDER)]:
+        storage.delete(entry.key)
+
+
+class Keeper:
+    """When to save a checkpoint: every `interval_s`, and in between where one costs little."""
+
+    def __init__(self, storage: Storage, interval_s: float) -> None:
+        self._storage, self._interval_s = storage, interval_s
+        self._last, self._cost_s = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether the interval is over."""
+        return time.monotonic() - self._last >= self._interval_s
+
+    def keep(self, state: dict[str, Any], *, now: bool) -> None:
+        """Save `state`, if `now`, if one is due, or if it likely takes no more than `SHARE` of the time since the
+        last."""
+        start = time.monotonic()
+        if now or self.due() or self._cost_s <= SHARE * (start - self._last):
+            save_checkpoint(self._storage, state)
+            self._last = time.monotonic()
+            self._cost_s = self._last - start
+
+
+def _committed(storage: Storage) -> Iterator[str]:
+    """Names, newest first."""
+    keys = sorted((entry.key for entry in storage.list(_FOLDER)), reverse=True)
+    return (key.removesuffix(".json") for key in keys if key.endswith(".json"))
+
+
+def _damage(storage: Storage, name: str) -> str | None:
+    """What is wrong with it."""
+    try:
+        said, data = json.loads(storage.read(f"{name}.json")), storage.read(f"{name}.pt")
+    except (FruitrayError, ValueError) as error:
+        return f"cannot be read ({error})"
+    if not isinstance(said, dict) or hashlib.sha256(data).hexdigest() != said.get("sha256"):
+        return "does not have the SHA-256 it was written with"
+    return None
+
+
+def _prune(storage: Storage) -> None:
+    """Delete all that is older than the `KEPT` newest, the commit before the state; leftovers of broken uploads too."""
+    kept = list(_committed(storage))[:KEPT]
+    old = [entry.key for entry in storage.list(_FOLDER) if entry.key < min(kept)]
+    for key in sorted(old, key=lambda key: not key.endswith(".json")):
+        storage.delete(key)

@@ -1,0 +1,133 @@
+"""Training goes on, whatever is killed: same epochs, same weights as an undisturbed run.
+
+`pytest tests/integration/test_train_faults.py --rounds 4` kills each four times in one run.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fruitray.package import load_package
+from fruitray.s3server import S3Server
+from fruitray.storage import open_storage
+from tests.cluster import Cluster, ray_head, ray_node
+
+NETWORK = ("--backbone", "cnn_bn", "--image-size", "64", "--augment", "mirror+jitter", "--ema", "0.9")
+OFTEN = ("--patience", "99", "--batch-size", "2", "--checkpoint-minutes", "0")
+
+
+class Nodes:
+    """A head without CPUs, and a node that works, and can be replaced."""
+
+    def __init__(self, cluster: Cluster, stack: ExitStack, folder: Path) -> None:
+        self.cluster, self._stack, self._folder = cluster, stack, folder
+        self.raylet = self.add()
+
+    def add(self) -> Any:
+        return self._stack.enter_context(ray_node(self._folder, self.cluster))
+
+    def replace(self) -> None:
+        self.raylet.kill()
+        self.raylet = self.add()
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: S3Server) -> Iterator[Nodes]:
+    folder = Path(tempfile.mkdtemp(prefix="fr-"))
+    try:
+        with ExitStack() as stack:
+            cluster = stack.enter_context(ray_head(folder, s3.environment, cpus=0))
+            yield Nodes(cluster, stack, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(nodes: Nodes) -> Cluster:
+    return nodes.cluster
+
+
+def _command(place: str, out: str, epochs: int) -> tuple[str, ...]:
+    return "train", "--index", f"{place}/index", "--out", f"{place}/{out}", *NETWORK, *OFTEN, "--epochs", str(epochs)
+
+
+def _checkpoints(place: str) -> list[str]:
+    """Names of the committed ones, oldest first."""
+    keys = sorted(entry.key for entry in open_storage(f"{place}/killed").list("checkpoints/"))
+    return [key for key in keys if key.endswith(".json")]
+
+
+def _wait_within_an_epoch(nodes: Nodes, place: str, job: subprocess.Popen[str], after: str) -> str:
+    """Until a worker has kept a checkpoint newer than `after` in the middle of an epoch; answers its name."""
+    deadline = time.monotonic() + 240
+    while True:
+        assert job.poll() is None, f"it ended before it could be disturbed: {job.communicate()[0]}"
+        assert time.monotonic() < deadline
+        newer = [key for key in _checkpoints(place) if key > after and "-00000000-" not in key]
+        if newer and _workers(nodes):
+            return newer[-1]
+        time.sleep(0.05)
+
+
+def _workers(nodes: Nodes) -> list[psutil.Process]:
+    return nodes.cluster.processes("RayTrainWorker")
+
+
+def _kill(what: str, nodes: Nodes, job: subprocess.Popen[str]) -> None:
+    if what == "worker":
+        _workers(nodes)[0].kill()
+    elif what == "node":
+        nodes.replace()
+    else:
+        os.killpg(job.pid, signal.SIGKILL if what == "driver" else signal.SIGTERM)
+        job.communicate(timeout=60)
+
+
+def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
+    nodes: Nodes, place: str, request: pytest.FixtureRequest
+) -> None:
+    rounds = request.config.getoption("--rounds")
+    epochs = 6 * rounds + 2
+    calmly, disturbed = _command(place, "calm", epochs), _command(place, "killed", epochs)
+    code, printed = nodes.cluster.run(*calmly)
+    assert code == 0, printed
+    kills = ["worker", "node", "driver", "driver, politely"] * rounds
+    random.Random(rounds).shuffle(kills)
+    job, after = nodes.cluster.start(*disturbed), ""
+    for what in kills:
+        after = _wait_within_an_epoch(nodes, place, job, after)
+        _kill(what, nodes, job)
+        if what.startswith("driver"):
+            job = nodes.cluster.start(*disturbed)
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed
+    assert "going on from a checkpoint" in printed
+    calm, killed = (load_package(f"{place}/{name}").description for name in ("calm", "killed"))
+    assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
+    assert _history(place, "killed") == _history(place, "calm")
+    assert killed["epochs"] == epochs
+    assert _checkpoints(place) == []
+    files = [entry.key for entry in open_storage(f"{place}/killed").list("tensorboard/")]
+    assert len(files) == epochs + 2, "the options, each epoch once, and the best one"
+    code, printed = nodes.cluster.run(*disturbed, "--seed", "1")
+    assert code == 5, printed
+
+
+def _history(place: str, out: str) -> list[dict[str, Any]]:
+    """What does not depend on the clock."""
+    table = pq.read_table(pa.BufferReader(open_storage(f"{place}/{out}").read("history.parquet")))
+    rows: list[dict[str, Any]] = table.drop_columns(["seconds", "images_per_s"]).to_pylist()
+    return rows

@@ -1,0 +1,54 @@
+"""Several workers' batch norm equals one worker's over all their examples."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from fruitray.batch_norm import Synchronised
+
+SHARES = (slice(0, 5), slice(5, 8))
+EXAMPLES = 8
+
+
+def network(affine: bool) -> nn.Module:
+    torch.manual_seed(0)
+    images = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Conv2d(4, 6, 3)]
+    flat = [nn.BatchNorm2d(6, affine=affine), nn.Flatten(), nn.Linear(96, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]
+    return nn.Sequential(*images, *flat)
+
+
+def train(module: nn.Module, parameters: Any, share: slice, workers: int) -> None:
+    """Three steps over far from normal numbers."""
+    torch.manual_seed(1)
+    inputs, labels = torch.randn(EXAMPLES, 3, 8, 8) * 3 + 10, torch.arange(EXAMPLES) % 3
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(module(inputs[share]), labels[share], reduction="sum")
+        (loss * workers / EXAMPLES).backward()
+        optimizer.step()
+
+
+def work(rank: int, folder: str, affine: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(SHARES))
+    module = network(affine)
+    train(Synchronised(module), module.parameters(), SHARES[rank], len(SHARES))
+    torch.save(module.state_dict(), Path(folder, f"{rank}.pt"))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_workers_with_unequal_shares_learn_what_one_learns(tmp_path: Path, affine: bool) -> None:
+    spawn(work, (str(tmp_path), affine), nprocs=len(SHARES))
+    alone = network(affine)
+    train(alone, alone.parameters(), slice(None), 1)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-5)
