@@ -61,7 +61,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
     kind = JOBS[name]
-    default = {"train": _of_best, "tune": _of_preset}.get(name, lambda _: None)(argv)
+    default = {"train": _of_best_or_recipe, "tune": _of_preset}.get(name, lambda _: None)(argv)
     return tyro.cli(
         kind,
         args=argv,
@@ -89,11 +89,17 @@ def _given(argv: Sequence[str], option: str) -> str | None:
     return next((a.partition("=")[2] for a in argv if a.startswith(f"{option}=")), value)
 
 
-def _of_best(argv: Sequence[str]) -> Any:
-    """What `train --config URI` starts from, None without it."""
+def _of_best_or_recipe(argv: Sequence[str]) -> Any:
+    """What `train` starts from with `--config URI` or `--recipe NAME`, None where that is not to be had."""
     path = _given(argv, "--config")
-    if path is None:
-        return None
+    if path is not None:
+        return _of_best(path)
+    asked = next((name for name in configs.RECIPES if name == _given(argv, "--recipe")), None)
+    fit = configs.RECIPES[asked or ("head" if "--frozen" in argv else "whole")]
+    return configs.TrainConfig(index=tyro.MISSING, out=tyro.MISSING, recipe=asked or "suited", fit=fit)
+
+
+def _of_best(path: str) -> Any:
     from fruitray.storage import open_file
 
     storage, key = open_file(path)

@@ -168,9 +168,9 @@ class FitConfig:
     clip_norm: float = 0.0
     """Scale gradients down to this norm where theirs is greater; 0: do not."""
     head_epochs: int = 0
-    """Train only the head for so many epochs first."""
-    trunk_rate: float = 1.0
-    """Learning rate of everything below the head, as a share of the head's."""
+    """Of a pretrained network, train only the head for so many epochs first, if there are more."""
+    trunk_rate: float = 0.5
+    """Of a pretrained network, the learning rate of everything below the head, as a share of the head's."""
     ema: float = 0.0
     """Validate, and keep, an exponential moving average of the weights, with this decay per step; 0: the weights."""
     label_smoothing: float = 0.1
@@ -213,7 +213,7 @@ class FitConfig:
         require(0 <= self.warmup < 1, "warmup", self.warmup, "must lie in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must not be negative")
         require(0 <= self.clip_norm < math.inf, "clip_norm", self.clip_norm, "must not be negative")
-        require(0 <= self.head_epochs < self.epochs, "head_epochs", self.head_epochs, "must lie in [0, --epochs)")
+        require(self.head_epochs >= 0, "head_epochs", self.head_epochs, "must not be negative")
         require(0 < self.trunk_rate < math.inf, "trunk_rate", self.trunk_rate, "must be positive")
         require(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
@@ -223,6 +223,32 @@ class FitConfig:
         require(least, "train_size", self.train_size, "must be at least 32")
 
 
+Recipe = Literal["suited", "head", "whole", "report"]
+RECIPES: dict[Recipe, FitConfig] = {
+    "head": FitConfig(),
+    "whole": FitConfig(
+        batch_size=32,
+        warmup=0.1,
+        weight_decay=0.05,
+        head_epochs=1,
+        ema=0.998,
+        augment="crop+mirror",
+        patience=8,
+    ),
+    "report": FitConfig(
+        epochs=10,
+        batch_size=8,
+        optimizer="adam",
+        schedule="constant",
+        weight_decay=0.0,
+        trunk_rate=1.0,
+        label_smoothing=0.0,
+        augment="eightfold",
+    ),
+}
+"""What the training options of `train` start from."""
+
+
 def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
     """A learning rate to start from, where none is given: the more weights that know nothing yet, the smaller."""
     if model.backbone in ("mlp", "cnn"):
@@ -230,12 +256,13 @@ def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
     elif model.backbone == "cnn_bn":
         rate = 3e-3
     else:
-        rate = 1e-3 if model.frozen or model.weights == "none" else 5e-4
+        rate = 1e-3
     return 20 * rate if optimizer == "sgd" else rate
 
 
 def suited(model: ModelConfig, fit: FitConfig) -> FitConfig:
-    """`fit`, with a learning rate that suits `model` if it had none.
+    """`fit`, with a learning rate that suits `model` if it had none, and in stages only where there is a trunk that has
+    learned before and goes on learning.
 
     Raises:
         UsageError: `model` cannot be trained so.
@@ -243,7 +270,10 @@ def suited(model: ModelConfig, fit: FitConfig) -> FitConfig:
     fits = fit.train_size is None or not (model.frozen or model.backbone in ("mlp", "cnn"))
     require(fits, "train_size", fit.train_size, "mlp, cnn and frozen backbones see photos of one size only")
     rate = fit.learning_rate or suited_learning_rate(model, fit.optimizer)
-    return dataclasses.replace(fit, learning_rate=rate)
+    staged = not model.frozen and model.weights != "none"
+    head_epochs = min(fit.head_epochs, fit.epochs - 1) if staged else 0
+    trunk_rate = fit.trunk_rate if staged else 1.0
+    return dataclasses.replace(fit, learning_rate=rate, head_epochs=head_epochs, trunk_rate=trunk_rate)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,6 +348,12 @@ class TrainConfig:
     """Folder or s3:// prefix for the package. The same command again resumes a broken run."""
     config: str | None = None
     """The best.json of `tune`: what model and training start from; options given beside it win."""
+    recipe: Recipe = "suited"
+    """What the training options start from without --config; those given win.
+    - head: for a frozen backbone
+    - whole: for a whole network: its head first, then all of it at lower rates, random crops, an average of the weights
+    - report: as the report trained
+    - suited: the first or the second, as --frozen says"""
     model: ModelConfig = ModelConfig()
     fit: FitConfig = FitConfig()
     tta: bool = False
@@ -339,7 +375,8 @@ class TrainConfig:
         minutes = self.checkpoint_minutes
         require(0 <= minutes < math.inf, "checkpoint_minutes", minutes, "must not be negative")
         require(0 < self.coverage <= 1, "coverage", self.coverage, "must lie in (0, 1]")
-        object.__setattr__(self, "fit", suited(self.model, self.fit))
+        if isinstance(self.index, str):  # else the command line starts from this, and the backbone is still to come
+            object.__setattr__(self, "fit", suited(self.model, self.fit))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

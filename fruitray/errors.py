@@ -23,7 +23,7 @@ FruitrayError                  exit code
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 @dataclass(eq=False)
@@ -189,12 +189,20 @@ class ImageError(FruitrayError):
 
 
 def find_ours(error: BaseException | None) -> FruitrayError | None:
-    """The error of ours that `error` is or was caused by; Ray wraps what its workers raise in several layers."""
+    """The error of ours that `error` is or was caused by."""
+    return find(error, FruitrayError)
+
+
+Kind = TypeVar("Kind", bound=BaseException)
+
+
+def find(error: BaseException | None, kind: type[Kind]) -> Kind | None:
+    """The error of that kind that `error` is or was caused by; Ray wraps what its workers raise in several layers."""
     while error is not None:
         inner = getattr(error, "cause", None) or next(iter(getattr(error, "worker_failures", {}).values()), None)
         if isinstance(inner, BaseException):  # before the type: Ray's wrapper pretends to be of its cause's
             error = inner
-        elif isinstance(error, FruitrayError):
+        elif isinstance(error, kind):
             return error
         else:
             error = error.__cause__

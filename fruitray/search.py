@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fruitray.config import SCRATCH, FitConfig, ModelConfig, TuneConfig, suited, suited_learning_rate
+from fruitray.config import RECIPES, SCRATCH, FitConfig, ModelConfig, TuneConfig, suited, suited_learning_rate
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {},
@@ -31,15 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rates": (1e-4, 1e-5, 1e-3, 1e-2),
         "batch_sizes": (8, 64, 256),
         "dropouts": (0.5, 0.0),
-        "fit": FitConfig(
-            epochs=10,
-            batch_size=8,
-            optimizer="adam",
-            schedule="constant",
-            weight_decay=0.0,
-            label_smoothing=0.0,
-            augment="eightfold",
-        ),
+        "fit": RECIPES["report"],
     },
 }
 """What `tune --preset` starts from, where that is not the default."""
@@ -99,8 +91,7 @@ def settings(config: TuneConfig, network: Network, picker: Picker) -> tuple[Mode
     rate = picker.between(f"{network}: learning rate", _rates(config, model))
     sizes = config.batch_sizes or (config.fit.batch_size,)
     size = picker.one_of(f"{network}: batch size", sizes)
-    first = 0 if model.frozen or model.weights == "none" else config.fit.head_epochs
-    return model, suited(model, replace(config.fit, learning_rate=rate, batch_size=size, head_epochs=first))
+    return model, suited(model, replace(config.fit, learning_rate=rate, batch_size=size))
 
 
 def _rates(config: TuneConfig, model: ModelConfig) -> tuple[float, ...]:

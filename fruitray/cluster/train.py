@@ -21,7 +21,7 @@ from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
 from fruitray.config import FitConfig, TrainConfig
 from fruitray.console import say
-from fruitray.errors import find_ours
+from fruitray.errors import find, find_ours
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import read_index
@@ -55,28 +55,37 @@ def run(config: TrainConfig) -> str:
 
 
 def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> None:
-    """Run the workers until the package stands, for as long as they get on between one failure and the next."""
+    """Run the workers until the package stands, for as long as they get on between one failure and the next.
+
+    Where several work, none can compute a step again by itself, so here they are told to do with less memory.
+    """
+    job = {"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines}
+    parts = config.fit.accumulate
     while True:
         before = newest_checkpoint(out, say)
         try:
-            _trainer(config, out, initial_uri, lines).fit()
+            _trainer(config, job | {"parts": parts}).fit()
             return
         except ray.train.WorkerGroupError as error:
-            if find_ours(error) or newest_checkpoint(out, say) == before:
+            if config.workers > 1 and find(error, torch.OutOfMemoryError):
+                parts *= 2
+                say(f"train: too little memory; computing each step in {parts} parts")
+            elif find_ours(error) or newest_checkpoint(out, say) == before:
                 raise
-            say("train: workers were lost again and again, but it gets on")
+            else:
+                say("train: workers were lost again and again, but it gets on")
 
 
-def _trainer(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> ray.train.torch.TorchTrainer:
+def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchTrainer:
     return ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines},
+        train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=_share(config)
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
-            storage_path=f"{out.uri}/_ray",
+            storage_path=f"{job['out']}/_ray",
             failure_config=ray.train.FailureConfig(max_failures=FAILURES),
         ),
     )
@@ -95,11 +104,12 @@ def _work(job: dict[str, Any]) -> None:
     config, context = job["config"], ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     index, initial = read_index(config["index"]), load_package(job["initial"])
+    fit_config = FitConfig(**config["fit"] | {"accumulate": job["parts"]})
     recipe = make_recipe(
         config["index"],
         index,
         initial.model,
-        FitConfig(**config["fit"]),
+        fit_config,
         frozen=config["model"]["frozen"],
         rank=rank,
         world=context.get_world_size(),
@@ -108,7 +118,8 @@ def _work(job: dict[str, Any]) -> None:
     recipe.model.to(device)
     out, tell = open_storage(job["out"]), _teller(job["lines"])
     with tracking(out, config, rank=rank, warn=tell) as track:
-        history = _fit(recipe, config, out, device, tell, track)
+        keeper = Keeper(out, 60 * config["checkpoint_minutes"])
+        history = _fit(recipe, fit_config, keeper, _resume(out, rank, tell), tell, track)
         track.finish(best_row(history))
     if rank == 0:
         write_final(out, config, recipe, index, initial, history, device)
@@ -116,22 +127,21 @@ def _work(job: dict[str, Any]) -> None:
 
 def _fit(
     recipe: Recipe,
-    config: dict[str, Any],
-    out: Storage,
-    device: torch.device,
+    config: FitConfig,
+    keeper: Keeper,
+    resume: dict[str, Any] | None,
     tell: Callable[[str], None],
     track: Tracking,
 ) -> list[dict[str, Any]]:
-    """Train as `recipe` says, keeping checkpoints in `out`; answers a row for each epoch."""
-    fit_config, rank, alone = FitConfig(**config["fit"]), recipe.train.rank, recipe.train.world == 1
-    keeper, resume = Keeper(out, 60 * config["checkpoint_minutes"]), _resume(out, rank, tell)
+    """Train as `recipe` says, keeping checkpoints; answers a row for each epoch."""
+    rank, alone = recipe.train.rank, recipe.train.world == 1
     history: list[dict[str, Any]] = resume["history"] if resume else []
     for moment in fit_with_pauses(
         recipe.module,
         recipe.train,
         recipe.val,
-        fit_config,
-        device=device,
+        config,
+        device=recipe.train.device,
         reduce=_itself if alone else _sum_over_workers,
         wrap=_itself if alone else Synchronised,
         due=keeper.due if rank == 0 else lambda: False,
@@ -143,7 +153,7 @@ def _fit(
         if rank == 0:
             keeper.keep({**moment.state, "history": history}, now=not isinstance(moment, Epoch))
         if rank == 0 and isinstance(moment, Epoch):
-            tell(_line(moment, fit_config))
+            tell(_line(moment, config))
     return history
 
 

@@ -4,17 +4,21 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 import torchvision
 
+from fruitray.cluster import train
+from fruitray.config import FitConfig, TrainConfig
 from fruitray.package import load_package
-from fruitray.storage import open_storage
+from fruitray.storage import LocalStorage, open_storage
 from tests.cluster import Cluster
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
@@ -111,6 +115,28 @@ def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str)
     assert sorted(row["trial"] for row in trials) == [0, 1, 2, 3]
     assert all(row["error"] is None for row in trials)
     assert "number 0" not in printed, "a finished trial is not run again"
+
+
+def test_several_workers_out_of_memory_begin_again_with_smaller_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There is no GPU to fill, so what is tried here is the driver: its workers end as Ray says they would."""
+    tried: list[int] = []
+
+    class Workers:
+        def __init__(self, config: TrainConfig, job: dict[str, Any]) -> None:
+            tried.append(job["parts"])
+
+        def fit(self) -> None:
+            if tried[-1] < 8:
+                raise ray.train.WorkerGroupError("lost", {0: torch.OutOfMemoryError("CUDA out of memory")})
+
+    monkeypatch.setattr(train, "_trainer", Workers)
+    config = TrainConfig(index="i", out=str(tmp_path), workers=2, fit=FitConfig(accumulate=2))
+    train._train(config, LocalStorage(str(tmp_path)), "initial", cast(Any, None))
+    assert tried == [2, 4, 8]
+    with pytest.raises(ray.train.WorkerGroupError):
+        train._train(replace(config, workers=1), LocalStorage(str(tmp_path)), "initial", cast(Any, None))
 
 
 def test_missing_weights_end_in_one_sentence_with_the_three_choices(cluster: Cluster, place: str) -> None:

@@ -68,7 +68,24 @@ def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
     )
     parsed = parse("train", ["--index", "i", "--out", "o", "--config", str(best), "--epochs", "7"])
     assert parsed.model == ModelConfig(backbone="cnn", weights="none")
-    assert parsed.fit == FitConfig(batch_size=8, epochs=7, learning_rate=1e-4), "the rate that suits cnn"
+    assert parsed.fit == FitConfig(batch_size=8, epochs=7, learning_rate=1e-4, trunk_rate=1.0), "what suits cnn"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--backbone resnet50", {"learning_rate": 1e-3, "head_epochs": 1, "trunk_rate": 0.5, "augment": "crop+mirror"}),
+        ("--backbone cnn_bn", {"learning_rate": 3e-3, "head_epochs": 0, "trunk_rate": 1.0, "augment": "crop+mirror"}),
+        ("--backbone resnet50 --weights none", {"head_epochs": 0, "trunk_rate": 1.0}),
+        ("--backbone resnet50 --epochs 1 --ema 0", {"epochs": 1, "head_epochs": 0, "ema": 0.0}),
+        ("--backbone resnet50 --frozen", {"augment": "mirror", "head_epochs": 0, "batch_size": 64}),
+        ("--recipe report --epochs 3", {"augment": "eightfold", "optimizer": "adam", "batch_size": 8, "epochs": 3}),
+        ("--recipe head --backbone cnn", {"augment": "mirror", "learning_rate": 1e-4}),
+    ],
+)
+def test_train_starts_from_what_suits_or_from_a_recipe(options: str, expected: dict[str, object]) -> None:
+    fit = parse("train", ["--index", "i", "--out", "o", *options.split()]).fit
+    assert {name: getattr(fit, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
