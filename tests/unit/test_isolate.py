@@ -330,8 +330,9 @@ def test_ctrl_c_is_the_parents_business() -> None:
     """At work, the child's answer is not taken for the next question's; idle, the child lives on. It prints nothing."""
     at_work = "try:\n    isolated(b'sleep 0.9')\nexcept KeyboardInterrupt:\n    print(isolated(b'photo')['size'])\n"
     idle = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print(isolated(b'about')['pid'])\n"
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # nohup's children do not
     for body in (at_work, idle):
-        with parent("print(isolated(b'about')['pid'], flush=True)\n" + body) as process:
+        with parent(f"{heeds}print(isolated(b'about')['pid'], flush=True)\n{body}") as process:
             assert process.stdout is not None
             child = psutil.Process(int(process.stdout.readline()))
             time.sleep(0.3)
