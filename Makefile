@@ -32,6 +32,7 @@ bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(RUN) tests.benchmarks.audit
 	$(RUN) tests.benchmarks.fit
+	$(RUN) tests.benchmarks.train
 	$(RUN) tests.benchmarks.search cache
 	$(RUN) tests.benchmarks.search tune
 

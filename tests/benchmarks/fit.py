@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.fit [--images FOLDER] [--rounds 3] [--backbones cnn efficientnet_b2]
 
-The report's way is torchvision's ImageFolder, decoded in the loop without workers, fp32, batch size 8. Every contender
-trains two epochs in a process of its own with two threads, and they take turns; the second epoch counts.
+The report's way is torchvision's ImageFolder, decoded in the loop without workers, fp32, batch size 8; `compiled` is
+`fit()` with torch.compile. Every contender trains two epochs in a process of its own with two threads, and they take
+turns; the second epoch counts.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,14 @@ def _photos(folder: str, model: Classifier, count: int) -> tuple[torch.Tensor, t
     return decoded_photos(storage, entries, model.preprocessing), labels
 
 
-def fruitray(folder: str, backbone: str) -> float:
+def fruitray(folder: str, backbone: str, *, compiled: bool = False) -> float:
     """Images per second of `fit()`."""
     model = _model(backbone)
     photos, labels = _photos(folder, model, PHOTOS[backbone])
     rows = torch.arange(len(labels))
     train = Batches(inputs=photos, labels=labels, rows=rows, classes=3, batch_size=BATCH, shuffle=True)
     val = Batches(inputs=photos, labels=labels, rows=rows[:8], classes=3, batch_size=BATCH)
-    config = FitConfig(epochs=2, batch_size=BATCH, learning_rate=1e-4)
+    config = FitConfig(epochs=2, batch_size=BATCH, learning_rate=1e-4, compile=compiled)
     return [epoch.images_per_s for epoch in fit(model, train, val, config, device=torch.device("cpu"))][-1]
 
 
@@ -119,7 +121,7 @@ def _second_epoch(
     return count / (time.perf_counter() - start)
 
 
-CONTENDERS = {function.__name__: function for function in (fruitray, plain, report)}
+CONTENDERS = {"fruitray": fruitray, "plain": plain, "report": report, "compiled": partial(fruitray, compiled=True)}
 
 
 def measure(name: str, folder: str, backbone: str) -> float:
