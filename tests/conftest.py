@@ -52,13 +52,13 @@ def weak_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def aws(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new bucket on `s3`, where this test's AWS environment leads."""
-    return _new_bucket(s3, monkeypatch)
+    return new_bucket(s3, monkeypatch)
 
 
 @pytest.fixture
 def weak_aws(weak_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new bucket on `weak_s3`, where this test's AWS environment leads."""
-    return _new_bucket(weak_s3, monkeypatch)
+    return new_bucket(weak_s3, monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,8 @@ def _need(program: str, package: str) -> str:
     return path
 
 
-def _new_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+def new_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of `server`, to which the AWS environment leads until `monkeypatch` ends."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in server.environment.items():

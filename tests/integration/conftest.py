@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
+from fruitray.index import Index, read_index, write_index
+from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
 from tests.cluster import Cluster
+from tests.conftest import new_bucket
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +25,31 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def drawn(s3: S3Server, cluster: Cluster) -> tuple[dict[str, bytes], Index]:
+    """60 photos by key, and what `prepare` says of them."""
+    photos = photo_set(20)
+    with pytest.MonkeyPatch.context() as environment:
+        root = f"s3://{new_bucket(s3, environment)}"
+        _write(f"{root}/raw", photos)
+        code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
+        assert code == 0, printed
+        return photos, read_index(f"{root}/index")
+
+
 @pytest.fixture
-def place(aws: str, cluster: Cluster) -> str:
+def place(aws: str, drawn: tuple[dict[str, bytes], Index]) -> str:
     """A prefix with 60 photos below raw/ and their index below index/."""
+    photos, index = drawn
     root = f"s3://{aws}"
-    raw = open_storage(f"{root}/raw")
-    for key, data in photo_set(20).items():
-        raw.write(key, data)
-    code, printed = cluster.run("prepare", "--images", f"{root}/raw", "--out", f"{root}/index")
-    assert code == 0, printed
+    _write(f"{root}/raw", photos)
+    uris = pc.replace_substring(index.table["uri"], index.images, f"{root}/raw")
+    table = index.table.set_column(index.table.column_names.index("uri"), "uri", uris)
+    write_index(open_storage(f"{root}/index"), table, f"{root}/raw")
     return root
+
+
+def _write(uri: str, photos: dict[str, bytes]) -> None:
+    storage = open_storage(uri)
+    for key, data in photos.items():
+        storage.write(key, data)

@@ -55,11 +55,6 @@ def nodes(s3: S3Server) -> Iterator[Nodes]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def cluster(nodes: Nodes) -> Cluster:
-    return nodes.cluster
-
-
 def _command(place: str, out: str, epochs: int) -> tuple[str, ...]:
     return "train", "--index", f"{place}/index", "--out", f"{place}/{out}", *NETWORK, *OFTEN, "--epochs", str(epochs)
 
