@@ -40,9 +40,15 @@ def save_checkpoint(storage: Storage, state: dict[str, Any]) -> str:
     return name
 
 
+def committed_checkpoints(storage: Storage) -> Iterator[str]:
+    """Their names, newest first; whether they are still whole takes reading them, see `newest_checkpoint`."""
+    keys = sorted((entry.key for entry in storage.list(_FOLDER)), reverse=True)
+    return (key.removesuffix(".json") for key in keys if key.endswith(".json"))
+
+
 def newest_checkpoint(storage: Storage, tell: Callable[[str], object]) -> str | None:
     """The name of the newest one that is whole; `tell` is told what is wrong with newer ones."""
-    for name in _committed(storage):
+    for name in committed_checkpoints(storage):
         if (reason := _damage(storage, name)) is None:
             return name
         tell(f"checkpoint {storage.uri_of(name)}.pt {reason}: going on from the one before it")
@@ -82,12 +88,6 @@ class Keeper:
             self._cost_s = self._last - start
 
 
-def _committed(storage: Storage) -> Iterator[str]:
-    """Names, newest first."""
-    keys = sorted((entry.key for entry in storage.list(_FOLDER)), reverse=True)
-    return (key.removesuffix(".json") for key in keys if key.endswith(".json"))
-
-
 def _damage(storage: Storage, name: str) -> str | None:
     """What is wrong with it."""
     try:
@@ -101,7 +101,7 @@ def _damage(storage: Storage, name: str) -> str | None:
 
 def _prune(storage: Storage) -> None:
     """Delete all that is older than the `KEPT` newest, the commit before the state; leftovers of broken uploads too."""
-    kept = list(_committed(storage))[:KEPT]
+    kept = list(committed_checkpoints(storage))[:KEPT]
     old = [entry.key for entry in storage.list(_FOLDER) if entry.key < min(kept)]
     for key in sorted(old, key=lambda key: not key.endswith(".json")):
         storage.delete(key)

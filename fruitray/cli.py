@@ -90,7 +90,7 @@ def _given(argv: Sequence[str], option: str) -> str | None:
 
 
 def _of_best_or_recipe(argv: Sequence[str]) -> Any:
-    """What `train` starts from with `--config URI` or `--recipe NAME`, None where that is not to be had."""
+    """What `train` starts from: with `--config URI` that, else a recipe."""
     path = _given(argv, "--config")
     if path is not None:
         return _of_best(path)
@@ -100,6 +100,7 @@ def _of_best_or_recipe(argv: Sequence[str]) -> Any:
 
 
 def _of_best(path: str) -> Any:
+    """What the best.json at `path` says."""
     from fruitray.storage import open_file
 
     storage, key = open_file(path)

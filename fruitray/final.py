@@ -14,7 +14,7 @@ from fruitray.evaluation import FILE as METRICS
 from fruitray.evaluation import Evaluation, evaluate_recipe
 from fruitray.fit import Epoch
 from fruitray.index import Index
-from fruitray.metrics import recalls, wilson_interval
+from fruitray.metrics import summary
 from fruitray.package import Package, read_description, read_file, save_package
 from fruitray.recipe import Recipe
 from fruitray.storage import Storage
@@ -40,15 +40,11 @@ HISTORY = pa.schema(
 
 def history_row(epoch: Epoch) -> dict[str, Any]:
     """The row of `HISTORY`."""
-    low, high = wilson_interval(epoch.counts)
     return {
         "epoch": epoch.number,
         "train_loss": epoch.train_loss,
         "val_loss": epoch.val_loss,
-        "accuracy": epoch.accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "recalls": recalls(epoch.counts),
+        **summary(epoch.counts),
         "seconds": epoch.seconds,
         "learning_rate": epoch.learning_rate,
         "images_per_s": epoch.images_per_s,

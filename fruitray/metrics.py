@@ -32,6 +32,12 @@ def recalls(counts: torch.Tensor) -> list[float]:
     return shares
 
 
+def summary(counts: torch.Tensor) -> dict[str, float | list[float]]:
+    """What a table row tells of (C, C) counts: accuracy, its interval, recalls."""
+    low, high = wilson_interval(counts)
+    return {"accuracy": accuracy(counts), "accuracy_low": low, "accuracy_high": high, "recalls": recalls(counts)}
+
+
 def distinguishable(first: torch.Tensor, second: torch.Tensor) -> float:
     """p-value of two models being equally good, from (N,) bool: whether each was right, on the same photos.
 

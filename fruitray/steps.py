@@ -39,13 +39,13 @@ class Run:
         assert config.learning_rate is not None
         self._module, self._train, self._config, self._device = module, train, config, device
         self._reduce, self._wrap = reduce, wrap
-        self._groups = parameter_groups(
+        groups = parameter_groups(
             module,
             learning_rate=config.learning_rate,
             trunk_rate=config.trunk_rate,
             weight_decay=config.weight_decay,
         )
-        self._optimizer = _optimizer(self._groups, config)
+        self._optimizer = _optimizer(groups, config)
         self._average = AveragedModel(module, multi_avg_fn=_lerp(config.ema), use_buffers=True) if config.ema else None
         self._weights = _class_weights(train).to(device) if config.class_weights else None
         whole = isinstance(module, Classifier) and any(tensor.requires_grad for tensor in module.trunk.parameters())

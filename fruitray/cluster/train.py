@@ -16,7 +16,13 @@ from ray.util.queue import Queue
 from fruitray.augment import VARIANTS
 from fruitray.backbones import layer_summary
 from fruitray.batch_norm import Synchronised
-from fruitray.checkpoints import Keeper, delete_checkpoints, load_checkpoint, newest_checkpoint
+from fruitray.checkpoints import (
+    Keeper,
+    committed_checkpoints,
+    delete_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
 from fruitray.config import FitConfig, TrainConfig
@@ -62,7 +68,7 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
     job = {"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines}
     parts = config.fit.accumulate
     while True:
-        before = newest_checkpoint(out, say)
+        before = next(committed_checkpoints(out), None)
         try:
             _trainer(config, job | {"parts": parts}).fit()
             return
@@ -70,7 +76,7 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
             if config.workers > 1 and find(error, torch.OutOfMemoryError):
                 parts *= 2
                 say(f"train: too little memory; computing each step in {parts} parts")
-            elif find_ours(error) or newest_checkpoint(out, say) == before:
+            elif find_ours(error) or next(committed_checkpoints(out), None) == before:
                 raise
             else:
                 say("train: workers were lost again and again, but it gets on")

@@ -16,7 +16,7 @@ from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import find_ours
 from fruitray.fit import fit
 from fruitray.index import Pool, read_index
-from fruitray.metrics import accuracy, confusion, recalls, wilson_interval
+from fruitray.metrics import accuracy, confusion, summary
 from fruitray.package import Package
 from fruitray.recipe import make_recipe
 from fruitray.split import cross_validation
@@ -130,13 +130,9 @@ def _measured(predictions: list[torch.Tensor], truth: list[torch.Tensor], classe
     """Over all folds so far, each at its best epoch."""
     counts = [confusion(*fold, classes) for fold in zip(predictions, truth, strict=True)]
     together = torch.stack(counts).sum(0)
-    low, high = wilson_interval(together)
     return {
-        "accuracy": accuracy(together),
-        "accuracy_low": low,
-        "accuracy_high": high,
+        **summary(together),
         "fold_accuracies": [accuracy(fold) for fold in counts],
-        "recalls": recalls(together),
         "right": pack(torch.cat(predictions) == torch.cat(truth)),
         "photos": int(together.sum()),
     }
