@@ -23,7 +23,7 @@ lint: install
 	$(RUN) mypy
 
 unit integration e2e: install
-	$(RUN) pytest tests/$@
+	$(RUN) pytest -n 2 --dist worksteal tests/$@
 
 chaos: install
 	$(RUN) pytest tests/integration/test_train_faults.py --rounds 3

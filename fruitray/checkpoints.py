@@ -13,6 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fruitray.storage import Storage
 KEPT = 2
 """How many are kept: where the newest turns out to be damaged there is one before it."""
 SHARE = 0.1
-"""Of the time since the last one, what a checkpoint at the end of an epoch may take."""
+"""Of the time since the last one, what a checkpoint that nobody asked for may take."""
 _FOLDER = "checkpoints/"
 
 
@@ -67,25 +68,44 @@ def delete_checkpoints(storage: Storage) -> None:
         storage.delete(entry.key)
 
 
+class Pace:
+    """How often to save: a large network, or one whose storage is slow, has fewer checkpoints."""
+
+    def __init__(self) -> None:
+        self._last, self._cost_s = time.monotonic(), 1.0  # a guess, until one was saved
+
+    def since(self) -> float:
+        """Seconds since the last one."""
+        return time.monotonic() - self._last
+
+    def cheap(self) -> bool:
+        """Whether another likely takes no more than `SHARE` of the time since the last."""
+        return self._cost_s <= SHARE * self.since()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the saving of one."""
+        start = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost_s = self._last - start
+
+
 class Keeper:
-    """When to save a checkpoint: every `interval_s`, and in between where one costs little."""
+    """When to save a checkpoint: every `interval_s`, and in between where one is cheap."""
 
     def __init__(self, storage: Storage, interval_s: float) -> None:
-        self._storage, self._interval_s = storage, interval_s
-        self._last, self._cost_s = time.monotonic(), 0.0
+        self._storage, self._interval_s, self._pace = storage, interval_s, Pace()
 
     def due(self) -> bool:
         """Whether the interval is over."""
-        return time.monotonic() - self._last >= self._interval_s
+        return self._pace.since() >= self._interval_s
 
     def keep(self, state: dict[str, Any], *, now: bool) -> None:
-        """Save `state`, if `now`, if one is due, or if it likely takes no more than `SHARE` of the time since the
-        last."""
-        start = time.monotonic()
-        if now or self.due() or self._cost_s <= SHARE * (start - self._last):
-            save_checkpoint(self._storage, state)
-            self._last = time.monotonic()
-            self._cost_s = self._last - start
+        """Save `state`, if `now`, if one is due, or if it is cheap."""
+        if now or self.due() or self._pace.cheap():
+            with self._pace.saving():
+                save_checkpoint(self._storage, state)
 
 
 def _damage(storage: Storage, name: str) -> str | None:

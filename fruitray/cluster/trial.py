@@ -11,6 +11,7 @@ import torch
 from ray import tune
 
 from fruitray.backbones import parameter_counts, pick_device, skeleton, trained_part
+from fruitray.checkpoints import Pace
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import find_ours
@@ -24,26 +25,21 @@ from fruitray.storage import open_storage
 from fruitray.trials import pack
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_SHARE = 0.1
-"""Of its time, a trial spends so much on checkpoints at most: a large network, or a slow storage, has fewer."""
 
 
 def run_trial(space: dict[str, Any]) -> None:
     """Train the trial that `space` describes, reporting to Tune. A failure is reported before it is raised."""
     torch.set_num_threads(max(1, int(space["cpus"])))
     last: dict[str, Any] = {"accuracy": 0.0, "epochs": 0}
-    saved, cost = time.monotonic(), 1.0
+    pace = Pace()
     try:
         for last, state in train(space, _read_checkpoint()):
-            start = time.monotonic()
-            if cost > CHECKPOINT_SHARE * (start - saved):
+            if not pace.cheap():
                 tune.report(last)
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            with pace.saving(), tempfile.TemporaryDirectory() as folder:
                 torch.save(state, os.path.join(folder, CHECKPOINT))
                 tune.report(last, checkpoint=tune.Checkpoint.from_directory(folder))
-            saved = time.monotonic()
-            cost = saved - start
     except Exception as error:
         tune.report({**last, "error": reason(error)})
         raise

@@ -5,15 +5,18 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.s3server import S3Server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
 from tests.cluster import Cluster
+from tests.conftest import new_bucket
 
 BLOCK = 128
 COPIES = 24
@@ -21,18 +24,28 @@ COPIES = 24
 USED = 58 * COPIES
 
 
-@pytest.fixture
-def place(aws: str, cluster: Cluster) -> str:
+@pytest.fixture(scope="module")
+def indexed(s3: S3Server, cluster: Cluster) -> Iterator[str]:
     """A prefix with photos below raw/ and their index below index/."""
-    root = f"s3://{aws}"
-    bucket = open_storage(root)
-    drawn = [(Path(key), data) for key, data in photo_set(20).items()]
-    files = [(f"raw/{key.parent}/{copy}-{key.name}", data) for key, data in drawn for copy in range(COPIES)]
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda file: bucket.write(*file), files))
-    code, printed = cluster.run("prepare", *places(root))
-    assert code == 0, printed
-    return root
+    with pytest.MonkeyPatch.context() as environment:
+        root = f"s3://{new_bucket(s3, environment)}"
+        bucket = open_storage(root)
+        drawn = [(Path(key), data) for key, data in photo_set(20).items()]
+        files = [(f"raw/{key.parent}/{copy}-{key.name}", data) for key, data in drawn for copy in range(COPIES)]
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda file: bucket.write(*file), files))
+        code, printed = cluster.run("prepare", *places(root))
+        assert code == 0, printed
+        yield root
+
+
+@pytest.fixture
+def place(indexed: str) -> str:
+    """`indexed`, with nothing embedded."""
+    beside = open_storage(f"{indexed}/index")
+    for entry in list(beside.list("features/")):
+        beside.delete(entry.key)
+    return indexed
 
 
 def places(root: str) -> tuple[str, ...]:

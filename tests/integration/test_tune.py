@@ -79,7 +79,7 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(cluster: Cluster, plac
 
 def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str) -> None:
     """And when all is done, no checkpoint takes up space."""
-    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "500", "--patience", "500", "--scheduler", "none")
+    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     job = cluster.start(*_tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter"))
     _wait_for(lambda: _checkpoints(place))
     [before] = _wait_for(lambda: _reports(place))
@@ -91,13 +91,13 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str
     restart = next(place for place, (a, b) in enumerate(itertools.pairwise(epochs)) if b != a + 1)
     assert restart >= len(before) - 1
     assert 1 < epochs[restart + 1] <= epochs[restart] + 1, "it must go on from a checkpoint, not from the start"
-    assert epochs[-1] == 500
-    assert _rows(place)[0]["epochs"] == 500
+    assert epochs[-1] == 250
+    assert _rows(place)[0]["epochs"] == 250
     assert _checkpoints(place) == []
 
 
 def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str) -> None:
-    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "500", "--patience", "500", "--scheduler", "none")
+    options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
     job = cluster.start(*command)
     _wait_for(lambda: _checkpoints(place))
@@ -107,7 +107,7 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     assert code == 0, printed
     epochs = [report["epochs"] for report in _reports(place)[-1]]
     assert epochs.count(1) == 1, "it must go on from a checkpoint, not from the start"
-    assert epochs[-1] == 500
+    assert epochs[-1] == 250
 
 
 def test_cross_validation_holds_out_every_photo_once(cluster: Cluster, place: str, weights: Path) -> None:

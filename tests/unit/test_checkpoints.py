@@ -52,7 +52,9 @@ def flip(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["pt", "json"])
-@pytest.mark.parametrize("damage", [flip, lambda data: data[:-1], lambda data: b"", None], ids=str)
+@pytest.mark.parametrize(
+    "damage", [flip, lambda data: data[:-1], lambda data: b"", None], ids=["flip", "cut", "empty", "gone"]
+)
 def test_a_damaged_one_is_never_loaded(out: LocalStorage, kind: str, damage: Callable[[bytes], bytes] | None) -> None:
     save_checkpoint(out, state(1))
     name = save_checkpoint(out, state(2))
