@@ -19,16 +19,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
-from fruitray.predictor import Prediction
 from fruitray.storage import Entry, Storage
 from fruitray.tables import parquet
+
+if TYPE_CHECKING:
+    from fruitray.predictor import Prediction  # it brings torch, which `verify` can do without
 
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
 
@@ -178,7 +180,7 @@ def commit(
     shard: int,
     uris: Sequence[str],
     etags: Sequence[str],
-    predictions: Sequence[Prediction],
+    predictions: "Sequence[Prediction]",
     model_id: str,
 ) -> bool:
     """Write the rows of `shard` at once or not at all; False if they were committed before (by a lost self or a twin).

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from fruitray.config import SCRATCH, ModelConfig, require
@@ -67,7 +66,9 @@ def plan(config: ModelConfig) -> Plan:
         return Plan(trunk, head, Preprocessing(size=size, crop=0.0, mean=_HALF, std=_HALF))
     if name.startswith("timm/"):
         return _timm(config)
-    classifiers = torchvision.models.list_models(module=torchvision.models)
+    from torchvision import models  # on use, as below: it takes a second to load
+
+    classifiers = models.list_models(module=models)
     if name in classifiers:
         return _torchvision(config)
     near = _near(name, (*SCRATCH, *classifiers))
@@ -120,8 +121,10 @@ _ONE_SIZE = ("vit_", "maxvit_")
 
 
 def _torchvision(config: ModelConfig) -> Plan:
+    from torchvision import models
+
     name = config.backbone
-    official = torchvision.models.get_model_weights(name).DEFAULT
+    official = models.get_model_weights(name).DEFAULT
     preprocessing = _official_preprocessing(name, official.transforms())
     _require_size(name, official, config.image_size or preprocessing.size)
     network = _official_network(name, official)
@@ -139,12 +142,14 @@ def _torchvision(config: ModelConfig) -> Plan:
 
 
 def _official_network(name: str, official: Any) -> Any:
+    from torchvision import models
+
     settings: dict[str, Any] = {}
     if name.startswith("vit_"):
         settings = {"image_size": official.meta["min_size"][0]}
     if name in _AUXILIARY:
         settings = {"aux_logits": False, "init_weights": False}  # theirs takes long
-    network = torchvision.models.get_model(name, weights=None, **settings)
+    network = models.get_model(name, weights=None, **settings)
     if name.startswith("mnasnet"):  # its own refuses tensors without a version, as safetensors holds them
         network._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, network)
     return network

@@ -14,12 +14,12 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy
 import PIL
 import torch
-import torchvision
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -165,7 +165,7 @@ def versions() -> dict[str, str]:
         "fruitray": fruitray.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": metadata.version("torchvision"),  # importing it takes a second
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
     }

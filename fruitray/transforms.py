@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torchvision.io import decode_jpeg, encode_jpeg
-from torchvision.transforms.v2 import functional as tv
 
 Numbers = NDArray[np.int64]
 Parameters = NDArray[np.float64]
@@ -100,6 +98,8 @@ def solarize(batch: torch.Tensor, threshold: Parameters) -> torch.Tensor:
 
 def jpeg(batch: torch.Tensor, quality: Parameters) -> torch.Tensor:
     """Each photo compressed at its `quality`, 1..100, and decoded: by libjpeg on the CPU, wherever the batch is."""
+    from torchvision.io import decode_jpeg, encode_jpeg  # on use, as below: torchvision takes a second to load
+
     photos = zip(batch.cpu(), quality.astype(int).tolist(), strict=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         done = list(pool.map(lambda photo: decode_jpeg(encode_jpeg(photo[0], quality=photo[1])), photos))
@@ -166,6 +166,8 @@ def sources(
 
 def resize(batch: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, 3, *size): bilinear, antialiased."""
+    from torchvision.transforms.v2 import functional as tv
+
     resized: torch.Tensor = tv.resize(batch, list(size), antialias=True)
     return resized.contiguous(memory_format=format_of(batch))
 
@@ -248,6 +250,8 @@ def operate(
     batch: torch.Tensor, space: Space, operations: Numbers, strength: Parameters, sign: Parameters
 ) -> torch.Tensor:
     """Each photo through one of `OPERATIONS`, by number, at its `strength` in [0, 1]; a `sign` of -1 turns it round."""
+    from torchvision.transforms.v2 import functional as tv
+
     does = {name: operations == number for number, name in enumerate(OPERATIONS)}
     signed = sign * strength
     factor = 1 + space.enhance * signed

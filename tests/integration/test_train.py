@@ -69,16 +69,8 @@ def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> No
         assert scored[row["uri"]]["confidence"] == pytest.approx(row["confidence"], abs=0.02)
 
 
-def test_a_frozen_backbone_is_tuned_and_trained_on_its_embeddings(cluster: Cluster, place: str, weights: Path) -> None:
-    index, tune, model = (f"{place}/{name}" for name in ("index", "tune", "model"))
-    space = ("--backbones", "mobilenet_v2", "cnn", "--weights", str(weights), "--trials", "4")
-    code, printed = cluster.run("tune", "--index", index, "--out", tune, *space, "--image-size", "64", "--epochs", "2")
-    assert code == 0, printed
-    trials = pq.read_table(pa.BufferReader(open_storage(tune).read("trials.parquet"))).to_pylist()
-    assert [row["frozen"] for row in sorted(trials, key=lambda row: row["trial"])] == [True, False, True, False]
-    assert all(row["error"] is None for row in trials)
-    for backbone in ("mobilenet_v2", "cnn"):
-        assert len({row["initial_state_hash"] for row in trials if row["backbone"] == backbone}) == 1
+def test_a_frozen_backbone_stays_as_it_is(cluster: Cluster, place: str, weights: Path) -> None:
+    index, model = f"{place}/index", f"{place}/model"
     network = ("--backbone", "mobilenet_v2", "--weights", str(weights), "--frozen", "--epochs", "2", *SMALL)
     code, printed = cluster.run("train", "--index", index, "--out", model, *network)
     assert code == 0, printed
@@ -106,13 +98,13 @@ def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str) -> 
 
 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
-    space = ("--backbones", "cnn", "--trials", "4", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
+    space = ("--backbones", "cnn", "--trials", "3", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
     arguments = ("--index", f"{place}/index", "--out", f"{place}/tune", *space)
-    _kill_when(cluster.start("tune", *arguments), "tune: 2 of 4 trials ended")
+    _kill_when(cluster.start("tune", *arguments), "tune: 1 of 3 trials ended")
     code, printed = cluster.run("tune", *arguments)
     assert code == 0, printed
     trials = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet"))).to_pylist()
-    assert sorted(row["trial"] for row in trials) == [0, 1, 2, 3]
+    assert sorted(row["trial"] for row in trials) == [0, 1, 2]
     assert all(row["error"] is None for row in trials)
     assert "number 0" not in printed, "a finished trial is not run again"
 

@@ -126,18 +126,16 @@ def test_cross_validation_holds_out_every_photo_once(cluster: Cluster, place: st
 def test_optuna_searches_a_space_that_depends_on_the_network(cluster: Cluster, place: str, weights: Path) -> None:
     pytest.importorskip("optuna", reason="the extra is not installed")
     space = ("--backbones", "mobilenet_v2", "cnn", "--weights", str(weights), "--dropouts", "0", "0.3")
-    code, printed = cluster.run(*_tune(place, "--search", "optuna", "--trials", "5", *space, "--epochs", "1", *SMALL))
+    code, printed = cluster.run(*_tune(place, "--search", "optuna", "--trials", "4", *space, "--epochs", "1", *SMALL))
     assert code == 0, printed
     rows = _rows(place)
-    assert [row["trial"] for row in rows] == list(range(5))
+    assert [row["trial"] for row in rows] == list(range(4))
     assert all(row["error"] is None for row in rows)
     for row in rows:
         suited = 1e-3 if row["backbone"] == "mobilenet_v2" else 1e-4
         assert suited / 3.01 <= row["learning_rate"] <= suited * 3.01
-    code, printed = cluster.run(
-        "train", "--index", f"{place}/index", "--out", f"{place}/m", "--config", f"{place}/tune/best.json"
-    )
-    assert code == 0, printed
+    starts = {(row["backbone"], row["frozen"], row["initial_state_hash"]) for row in rows}
+    assert sorted(start[:2] for start in starts) == [("cnn", False), ("mobilenet_v2", True)], "each starts alike"
 
 
 def test_the_reports_preset_ends_in_its_tables(cluster: Cluster, place: str) -> None:
