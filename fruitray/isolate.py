@@ -2,8 +2,8 @@
 
     Isolated()(data) -> pipe -> python -m fruitray.isolate -> facts.look(data) -> pipe -> its facts
 
-The parent may be full of threads, as Ray's workers are, so the child is a fresh interpreter and no fork. Bytes go in
-and JSON comes out: a child that a photo has taken over can send nothing that would run here.
+The parent may be full of threads, as Ray's workers are, so the child is a fresh interpreter and no fork. Bytes go in;
+JSON, and pixels, come out: a child that a photo has taken over can send nothing that would run here.
 """
 
 import fcntl
@@ -21,10 +21,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
+
 from fruitray.errors import ImageError
 from fruitray.images import image_error
 
-LOOK = "fruitray.facts:look"
+LOOK, RGB = "fruitray.facts:look", "fruitray.images:rgb"
 DECODE_TIMEOUT_S = 20.0
 """One photo's. 50 megapixels took 1 to 6 s on a shared core, the most as lossless WebP."""
 DECODE_MEMORY = 4 * 2**30
@@ -32,7 +34,8 @@ DECODE_MEMORY = 4 * 2**30
 
 
 class Isolated:
-    """`function` (named as `module:name`), from bytes to a dict that JSON can hold, called in a child process.
+    """`function` (named as `module:name`), from bytes to a dict that JSON can hold, called in a child process; besides,
+    it may hold `pixels`, a uint8 array of any shape.
 
     The child starts at the first call and again after each death. It ends with `close`, and with this process, however
     that ends. For one thread at a time.
@@ -159,6 +162,11 @@ class _Child:
         """The next answer, or None: it has died."""
         message = _receive(self._answers)
         answer: dict[str, Any] | None = None if message is None else json.loads(message)
+        if answer and "shape" in answer:
+            pixels = _receive(self._answers)
+            if pixels is None:
+                return None
+            answer["result"]["pixels"] = np.frombuffer(pixels, np.uint8).reshape(answer["shape"])
         return answer
 
     def wait(self) -> int:
@@ -208,7 +216,8 @@ def _serve(name: str, timeout_s: float, memory: int) -> None:
         return
     _send(answers, b"{}")
     while (data := _receive(questions)) is not None:
-        _send(answers, _answer(function, data, timeout_s))
+        for message in _answer(function, data, timeout_s):
+            _send(answers, message)
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
@@ -237,10 +246,18 @@ def _find(name: str) -> Callable[[bytes], dict[str, Any]]:
     return found
 
 
-def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s: float) -> bytes:
+def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s: float) -> list[bytes]:
+    """The JSON, and the pixels if there are any."""
     signal.setitimer(signal.ITIMER_REAL, timeout_s)  # nothing handles it, so the kernel ends even a hang in C
+    rest = []
     try:
-        message = json.dumps({"result": function(data)})
+        said: dict[str, Any] = {"result": function(data)}
+        pixels = said["result"].pop("pixels", None)
+        if pixels is None:
+            message = json.dumps(said)
+        else:
+            message = json.dumps(said | {"shape": pixels.shape})
+            rest = [pixels.tobytes()]
     except ImageError as error:
         message = json.dumps(_refusal(error))
     except MemoryError:
@@ -248,7 +265,7 @@ def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s:
     except BaseException:
         message = json.dumps({"bug": traceback.format_exc()})
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return message.encode()
+    return [message.encode(), *rest]
 
 
 if __name__ == "__main__":

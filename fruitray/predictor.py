@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fruitray.backbones import pick_device
 from fruitray.errors import ImageError
@@ -44,19 +46,19 @@ class Predictor:
 
     def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:
         """One prediction per item; an item that could not be fetched comes as its `ImageError`."""
+        return self.predict_decoded(map(_decoded, contents))
+
+    def predict_decoded(self, photos: Iterable[NDArray[np.uint8] | ImageError]) -> list[Prediction]:
+        """One prediction per photo, (3, H, W) uint8 RGB; one that could not be decoded comes as its `ImageError`."""
         predictions: list[Prediction | None] = []
         waiting: list[tuple[int, torch.Tensor, int, int]] = []
-        for position, content in enumerate(contents):
+        for position, photo in enumerate(photos):
             predictions.append(None)
-            try:
-                if isinstance(content, ImageError):
-                    raise content
-                photo = decode(content)
-            except ImageError as error:
-                predictions[position] = Prediction(status="error", error_code=error.code, error=error.detail)
+            if isinstance(photo, ImageError):
+                predictions[position] = Prediction(status="error", error_code=photo.code, error=photo.detail)
                 continue
-            square = self.package.model.preprocessing.resize(photo.pixels)
-            waiting.append((position, square, photo.width, photo.height))
+            height, width = photo.shape[1:]
+            waiting.append((position, self.package.model.preprocessing.resize(photo), width, height))
             if len(waiting) == self._batch_size:
                 self._flush(waiting, predictions)
         if waiting:
@@ -76,3 +78,10 @@ class Predictor:
                 label=labels[0], confidence=row[0], top_labels=labels, top_scores=row, width=width, height=height
             )
         waiting.clear()
+
+
+def _decoded(content: bytes | ImageError) -> NDArray[np.uint8] | ImageError:
+    try:
+        return content if isinstance(content, ImageError) else decode(content).pixels
+    except ImageError as error:
+        return error

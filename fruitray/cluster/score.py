@@ -2,12 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
+from numpy.typing import NDArray
 
 from fruitray.cluster.runtime import connect, open_input, open_output, stream, worker_count
 from fruitray.commit import (
@@ -25,8 +27,9 @@ from fruitray.commit import (
 )
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import progress, say, show_table
-from fruitray.errors import NoInputError, OutputConflictError, TooManyBadImagesError
+from fruitray.errors import ImageError, NoInputError, OutputConflictError, TooManyBadImagesError
 from fruitray.images import fetch, list_images
+from fruitray.isolate import RGB, Isolated
 from fruitray.package import load_package
 from fruitray.predictor import Predictor
 from fruitray.storage import Entry, Storage, open_storage
@@ -108,13 +111,14 @@ class _Scorer:
         self._predictor = Predictor(package, top_k=config.top_k, batch_size=config.batch_size, gpu=config.gpu)
         self._images, self._out = open_input(config.images), open_storage(config.out)
         self._plan = read_plan(self._out)
+        self._isolated = Isolated(RGB)
         if package.model_id != self._plan.settings["model_id"]:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
         [shard] = task.to_pylist()
         entries = [Entry(**entry) for entry in shard["entries"]]
-        predictions = self._predictor.predict(fetch(self._images, entries))
+        predictions = self._predictor.predict_decoded(self._decoded(entries))
         commit(
             self._out,
             self._plan,
@@ -126,6 +130,11 @@ class _Scorer:
         )
         errors = sum(prediction.status == "error" for prediction in predictions)
         return pa.table({"shard": [shard["shard"]], "rows": [len(predictions)], "errors": [errors]})
+
+    def _decoded(self, entries: list[Entry]) -> Iterator[NDArray[np.uint8] | ImageError]:
+        """(3, H, W) each, decoded in a process of its own."""
+        for answer in self._isolated.map(fetch(self._images, entries)):
+            yield answer if isinstance(answer, ImageError) else answer["pixels"].transpose(2, 0, 1)
 
 
 def show_rows(parts: Sequence[Part]) -> None:

@@ -71,7 +71,9 @@ def test_killed_workers_and_drivers_leave_what_an_undisturbed_run_leaves(cluster
 
     job = cluster.start("score", *_arguments(place, "disturbed"))
     _wait_for(lambda: committed() >= 3, job)
-    cluster.processes("_Scorer")[0].send_signal(signal.SIGKILL)
+    for decoder in cluster.processes("fruitray.images:rgb"):
+        decoder.kill()
+    cluster.processes("_Scorer")[0].kill()
     before = committed()
     _wait_for(lambda: committed() > before, job)
     os.killpg(job.pid, signal.SIGKILL)

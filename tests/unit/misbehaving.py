@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from fruitray.errors import ImageError
 
 _leaked: list[bytearray] = []
@@ -111,6 +113,8 @@ ACTIONS = {
     "leave": leave,
     "not-json": lambda _: {"pid": object()},
     "long": lambda size: {"text": "x" * int(size)},
+    "pixels": lambda side: {"side": int(side), "pixels": np.full((int(side), int(side), 3), 7, np.uint8)},
+    "not-json-but-pixels": lambda _: {"pid": object(), "pixels": np.zeros(3, np.uint8)},
     "talk": talk,
     "touch": touch,
     "about": about,

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from fruitray.errors import ImageError
 from fruitray.facts import look
-from fruitray.images import CODES, MAX_BYTES, image_error
-from fruitray.isolate import Isolated
+from fruitray.images import CODES, MAX_BYTES, decode, image_error
+from fruitray.isolate import RGB, Isolated
 from tests.unit.photos import JPEG
 
 pytestmark = pytest.mark.timeout(60)
@@ -109,6 +110,22 @@ def test_long_answers_arrive(patient: Isolated) -> None:
     assert patient(b"long 30000000") == {"text": "x" * 30_000_000}
 
 
+@pytest.mark.parametrize("side", [0, 1, 300, 4_000])
+def test_pixels_arrive(patient: Isolated, side: int) -> None:
+    photo = b"pixels %d" % side
+    for answer in patient.map([photo, photo]):
+        assert isinstance(answer, dict)
+        assert answer["side"] == side
+        np.testing.assert_array_equal(answer["pixels"], np.full((side, side, 3), 7, np.uint8), strict=True)
+    assert patient(b"photo") == said(b"photo")
+
+
+def test_a_photo_has_the_pixels_it_has_here() -> None:
+    with Isolated(RGB) as isolated:
+        np.testing.assert_array_equal(isolated(JPEG)["pixels"].transpose(2, 0, 1), decode(JPEG).pixels, strict=True)
+        assert code_of(isolated, b"") == "E_EMPTY"
+
+
 def test_what_the_decoder_prints_is_not_taken_for_an_answer(patient: Isolated) -> None:
     assert patient(b"talk") == {"read": "", "fd 0": ""}
     assert patient(b"photo") == said(b"photo")
@@ -187,6 +204,7 @@ def test_a_child_killed_from_outside_at_a_photo_costs_none(patient: Isolated) ->
         (b"bug", r"in our_bug(.|\n)*KeyError: 'a bug of ours'"),
         (b"leave", "SystemExit: gone"),
         (b"not-json", "object is not JSON serializable"),
+        (b"not-json-but-pixels", "object is not JSON serializable"),
     ],
 )
 def test_a_bug_of_ours_is_no_bad_photo(patient: Isolated, photo: bytes, what: str) -> None:
