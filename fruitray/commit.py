@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
+from fruitray.index import label_of
 from fruitray.storage import Entry, Storage
 from fruitray.tables import parquet
 
@@ -61,7 +62,7 @@ class Plan:
     """What is to be scored and how. Two jobs with equal `settings` share one plan; the first one's inputs hold."""
 
     settings: dict[str, Any]
-    """All that decides a row: images root, model id, top_k, shard rows, batch size."""
+    """All that decides a row: images root, model id, top_k, shard rows, batch size; and the `classes` of the model."""
     inputs: str
     """Key of the inputs file."""
     rows: int
@@ -86,6 +87,8 @@ class Part:
     """Rows per predicted label."""
     errors: dict[str, int] = field(default_factory=dict)
     """Rows per error code."""
+    confusion: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Rows per folder, of those that have a class's name, and in each per predicted label."""
 
 
 def write_plan(out: Storage, settings: dict[str, Any], entries: Sequence[Entry], shard_rows: int) -> Plan:
@@ -271,13 +274,31 @@ def _check_parts(out: Storage, plan: Plan, root: str) -> list[Part]:
         table = _open(out.uri_of(key), data)
         uris, etags = [f"{root}/{entry.key}" for entry in entries], [entry.etag for entry in entries]
         _require_shard(out.uri_of(key), table, plan, shard, uris, etags)
-        labels, errors = Counter(table["label"].to_pylist()), Counter(table["error_code"].to_pylist())
-        del labels[None], errors[None]
-        sha256 = hashlib.sha256(data).hexdigest()
-        return Part(key, table.num_rows, sha256, dict(sorted(labels.items())), dict(sorted(errors.items())))
+        predicted, codes = table["label"].to_pylist(), table["error_code"].to_pylist()
+        return Part(
+            key,
+            table.num_rows,
+            hashlib.sha256(data).hexdigest(),
+            _counts(predicted),
+            _counts(codes),
+            _confusion(plan, entries, predicted),
+        )
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(check, range(plan.shards), read_inputs(out, plan)))
+
+
+def _counts(names: Sequence[str | None]) -> dict[str, int]:
+    counts = Counter(name for name in names if name is not None)
+    return dict(sorted(counts.items()))
+
+
+def _confusion(plan: Plan, entries: Sequence[Entry], predicted: Sequence[str | None]) -> dict[str, dict[str, int]]:
+    found: dict[str, list[str | None]] = {}
+    for entry, label in zip(entries, predicted, strict=True):
+        if (folder := label_of(entry.key)) in plan.settings.get("classes", ()):
+            found.setdefault(str(folder), []).append(label)
+    return {folder: _counts(labels) for folder, labels in sorted(found.items())}
 
 
 def _open(uri: str, data: bytes) -> pa.Table:

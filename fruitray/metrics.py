@@ -3,7 +3,6 @@
 from math import sqrt
 
 import torch
-from scipy.stats import binomtest
 
 
 def confusion(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -43,5 +42,7 @@ def distinguishable(first: torch.Tensor, second: torch.Tensor) -> float:
 
     McNemar's exact test (1947): of the photos that just one of them got right, either would have half.
     """
+    from scipy.stats import binomtest  # on use: it takes half a second to load
+
     wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -1,9 +1,11 @@
 """score: plan, predict shard by shard on the cluster, commit each shard once, seal the output."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +32,12 @@ from fruitray.console import progress, say, show_table
 from fruitray.errors import ImageError, NoInputError, OutputConflictError, TooManyBadImagesError
 from fruitray.images import fetch, list_images
 from fruitray.isolate import RGB, Isolated
+from fruitray.metrics import summary
 from fruitray.package import load_package
 from fruitray.predictor import Predictor
 from fruitray.storage import Entry, Storage, open_storage
+
+METRICS = "metrics.json"
 
 
 def run(config: ScoreConfig) -> str:
@@ -41,7 +46,7 @@ def run(config: ScoreConfig) -> str:
     out = open_output(config.out, images)
     plan = _plan(config, images, out)
     if is_finished(out):
-        return _summary(config, out, read_manifest(out), "was complete already")
+        return _summary(config, out, plan, read_manifest(out), "was complete already")
     done = committed_shards(out, plan)
     shards = [(number, rows) for number, rows in enumerate(read_inputs(out, plan)) if number not in done]
     if done:
@@ -53,14 +58,16 @@ def run(config: ScoreConfig) -> str:
     seconds = time.perf_counter() - start
     rows = sum(len(rows) for _, rows in shards)
     said = f"{rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):.1f} images/s, start-up included"
-    return _summary(config, out, finish(out, plan, images.uri), said)
+    return _summary(config, out, plan, finish(out, plan, images.uri), said)
 
 
 def _plan(config: ScoreConfig, images: Storage, out: Storage) -> Plan:
     """Adopt the plan that stands, or list the inputs and write one."""
+    package = load_package(config.package)
     settings = {
         "images": images.uri,
-        "model_id": load_package(config.package).model_id,
+        "model_id": package.model_id,
+        "classes": list(package.classes),
         "top_k": config.top_k,
         "shard_rows": config.shard_rows,
         "batch_size": config.batch_size,
@@ -147,8 +154,36 @@ def show_rows(parts: Sequence[Part]) -> None:
     show_table("rows by status", [dict(zip(names, (*key, counts[key]), strict=True)) for key in sorted(counts)])
 
 
-def _summary(config: ScoreConfig, out: Storage, parts: list[Part], said: str) -> str:
+def measured(classes: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
+    """How right the rows are, by the folders that have a class's name; empty without such. What could not be read, and
+    lies in other folders, does not count."""
+    together = Counter[tuple[str, str]]()
+    for part in parts:
+        together.update({(folder, label): n for folder, row in part.confusion.items() for label, n in row.items()})
+    counts = torch.tensor([[together[folder, label] for label in classes] for folder in classes])
+    if not counts.any():
+        return {}
+    return {"classes": list(classes), "photos": together.total(), **summary(counts), "confusion": counts.tolist()}
+
+
+def show_measured(metrics: dict[str, Any]) -> None:
+    """The confusion, and the accuracy with its interval."""
+    classes = metrics["classes"]
+    rows = [
+        {"folder": name, **dict(zip(classes, counts, strict=True)), "recall": f"{recall:.4f}"}
+        for name, counts, recall in zip(classes, metrics["confusion"], metrics["recalls"], strict=True)
+    ]
+    show_table("folders against predictions", rows)
+    interval = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
+    say(f"score: accuracy {metrics['accuracy']:.4f} (95% interval {interval}) by folder, {metrics['photos']:,} photos")
+
+
+def _summary(config: ScoreConfig, out: Storage, plan: Plan, parts: list[Part], said: str) -> str:
     show_rows(parts)
+    if metrics := measured(plan.settings["classes"], parts):
+        if not out.exists(METRICS):
+            out.create(METRICS, json.dumps(metrics, indent=2).encode())
+        show_measured(metrics)
     say(f"score: {said}")
     rows, errors = sum(part.rows for part in parts), sum(sum(part.errors.values()) for part in parts)
     if errors == rows or errors / rows > config.max_error_rate:

@@ -73,6 +73,9 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(
     assert sorted(errors["error_code"].to_pylist()) == ["E_NOT_IMAGE", "E_TRUNCATED"]
     assert all(len(labels) == 2 for labels in rows.filter(pc.equal(rows["status"], "ok"))["top_labels"].to_pylist())
     assert load_package(model).classes == ("cherry", "strawberry", "tomato")
+    metrics = json.loads(out.read("metrics.json"))
+    right = sum(row["label"] == Path(row["uri"]).parent.name for row in rows.to_pylist())
+    assert (metrics["photos"], metrics["accuracy"]) == (58, right / 58), "the folders have the classes' names"
     trials = pq.read_table(pa.BufferReader(open_storage(tune).read("trials.parquet")))
     assert len(set(trials["initial_state_hash"].to_pylist())) == 1, "all trials of a backbone start alike"
     best = json.loads(open_storage(tune).read("best.json"))

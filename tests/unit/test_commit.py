@@ -232,6 +232,16 @@ def test_the_manifest_counts_labels_and_errors() -> None:
     assert json.loads(out.read(MANIFEST))["rows"] == 7
 
 
+def test_the_manifest_counts_predictions_by_folder_where_it_has_a_classs_name() -> None:
+    sizes = {"apple/1": 101, "apple/2": 102, "apple/bad": 100, "pear/1": 101, "plum/1": 101, "loose": 101}
+    entries = [Entry(key, size, f"etag-{key}") for key, size in sorted(sizes.items())]
+    parts = drive(Memory(), SETTINGS | {"classes": ["apple", "pear"]}, entries)
+    together = Counter[tuple[str, str]]()
+    for part in parts:
+        together.update({(folder, label): n for folder, row in part.confusion.items() for label, n in row.items()})
+    assert together == {("apple", "apple"): 2, ("pear", "apple"): 1}
+
+
 def test_a_row_says_all_that_was_predicted() -> None:
     out = Memory()
     drive(out)
