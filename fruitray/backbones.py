@@ -160,10 +160,14 @@ def pick_device(*, gpu: bool) -> torch.device:
     return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
 
 
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has instructions for bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go: then False
+    return device.type == "cpu" and bool(cpu_is_fast())
+
+
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
-    cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go: then False
-    fast = device.type == "cpu" and cpu_is_fast()
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if fast_in_bfloat16(device) else contextlib.nullcontext()

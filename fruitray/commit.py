@@ -2,9 +2,9 @@
 
     write_plan -> commit (per shard) -> finish; verify proves it at any later time
 
-    _fruitray/plan/inputs-HASH.parquet   the inputs: shard, key, size, etag; named by its content
+    _fruitray/plan/inputs-HASH.parquet   the inputs: part, root, key, size, etag, ...; named by its content
     _fruitray/plan.json                  create-only: settings, inputs file, shard and row counts
-    data/part-000123.parquet             create-only: the rows of shard 123
+    data/part-000123.parquet             create-only: the rows of shard 123; or data/folder=NAME/part-000123.parquet
     manifest.json, _SUCCESS              rows, SHA-256 and error counts per part; then the seal
 
 Nothing is renamed, deleted or overwritten. Where a store ignores `If-None-Match` (`Storage.creates_once` finds out),
@@ -13,48 +13,29 @@ like, but two *different* jobs that race for one output could then mix their fil
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
-from fruitray.index import label_of
-from fruitray.storage import Entry, Storage
+from fruitray.inputs import INPUTS, uris
+from fruitray.scores import schema
+from fruitray.storage import Storage
 from fruitray.tables import parquet
 
-if TYPE_CHECKING:
-    from fruitray.predictor import Prediction  # it brings torch, which `verify` can do without
-
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
-
-SCHEMA = pa.schema(
-    [
-        ("uri", pa.string()),  # verbatim, nothing escaped
-        ("label", pa.string()),
-        ("confidence", pa.float32()),  # softmax share of `label`
-        ("top_labels", pa.list_(pa.string())),  # most likely first
-        ("top_scores", pa.list_(pa.float32())),
-        ("status", pa.string()),  # ok | error
-        ("error_code", pa.string()),  # see fruitray.images.CODES
-        ("error", pa.string()),
-        ("width", pa.int32()),  # pixels, after EXIF rotation
-        ("height", pa.int32()),
-        ("etag", pa.string()),  # of the version that was scored
-        ("model_id", pa.string()),  # SHA-256 of the model package's package.json
-    ]
-)
-
-_INPUTS_SCHEMA = pa.schema(
-    [("shard", pa.int32()), ("key", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("kind", pa.string())]
-)
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""Folder of what has no label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +43,7 @@ class Plan:
     """What is to be scored and how. Two jobs with equal `settings` share one plan; the first one's inputs hold."""
 
     settings: dict[str, Any]
-    """All that decides a row: images root, model id, top_k, shard rows, batch size; and the `classes` of the model."""
+    """All that decides a row: places of the images, model id, top_k, engine, ...; and the `classes` of the model."""
     inputs: str
     """Key of the inputs file."""
     rows: int
@@ -88,25 +69,27 @@ class Part:
     errors: dict[str, int] = field(default_factory=dict)
     """Rows per error code."""
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Rows per folder, of those that have a class's name, and in each per predicted label."""
+    """Rows per label that was known before, of those that are classes, and in each per predicted label."""
 
 
-def write_plan(out: Storage, settings: dict[str, Any], entries: Sequence[Entry], shard_rows: int) -> Plan:
-    """Plan to score `entries` (at least one) with `settings`, or adopt the plan that an equal job wrote before.
+def write_plan(
+    out: Storage, settings: dict[str, Any], inputs: pa.Table, shard_rows: int, *, partitioned: bool = False
+) -> Plan:
+    """Plan to score `inputs` (`INPUTS`, at least one) with `settings`, or adopt what an equal job planned before.
+    `partitioned`: no shard holds photos of two labels, and its part lies in a folder named after its own.
 
     Raises:
         OutputConflictError: `out` holds the plan of another job.
     """
-    columns = {name: [getattr(entry, name) for entry in entries] for name in ("key", "size", "etag", "kind")}
-    shards = [row // shard_rows for row in range(len(entries))]
-    data = parquet(pa.table({"shard": shards, **columns}, _INPUTS_SCHEMA))
-    inputs = _inputs_key(data)
-    out.create(inputs, data)
+    planned = _sharded(inputs, shard_rows, partitioned=partitioned)
+    data = parquet(planned)
+    key = _inputs_key(data)
+    out.create(key, data)
     plan = Plan(
         settings=settings,
-        inputs=inputs,
-        rows=len(entries),
-        shards=shards[-1] + 1,
+        inputs=key,
+        rows=inputs.num_rows,
+        shards=len(planned["part"].unique()),
         created_atomically=out.creates_once(PROBE),
     )
     _create(out, plan, PLAN, _json(asdict(plan)))
@@ -138,8 +121,30 @@ def read_plan(out: Storage) -> Plan:
         raise OutputConflictError(out.uri_of(PLAN), "is no plan of this program") from error
 
 
-def read_inputs(out: Storage, plan: Plan) -> Iterator[list[Entry]]:
-    """The planned inputs, shard by shard, in order.
+def _sharded(inputs: pa.Table, shard_rows: int, *, partitioned: bool) -> pa.Table:
+    """`inputs` with the key of the part that each goes to."""
+    if partitioned:
+        inputs = inputs.take(pc.sort_indices(inputs["label"].combine_chunks()))  # a stable sort: by URI within
+    folders = inputs["label"].to_pylist() if partitioned else [None] * inputs.num_rows
+    parts: list[str] = []
+    numbers = itertools.count()
+    for folder, rows in itertools.groupby(folders):
+        left = len(list(rows))
+        while left > 0:
+            key = part_key(next(numbers), (folder or HIVE_NULL) if partitioned else None)
+            parts += [key] * min(shard_rows, left)
+            left -= shard_rows
+    return inputs.add_column(0, "part", pa.array(parts, pa.string()))
+
+
+def part_key(number: int, folder: str | None = None) -> str:
+    """Where the rows of a shard lie; with `folder` as Hive, and all who read its layout, would have it."""
+    place = f"data/folder={quote(folder, safe='')}/" if folder else "data/"
+    return f"{place}part-{number:06d}.parquet"
+
+
+def read_shards(out: Storage, plan: Plan) -> dict[str, pa.Table]:
+    """The planned inputs (`INPUTS`) of each shard, in order, by the key of its part.
 
     Raises:
         OutputConflictError: the inputs file is not the one that was planned.
@@ -148,75 +153,57 @@ def read_inputs(out: Storage, plan: Plan) -> Iterator[list[Entry]]:
     if plan.inputs != _inputs_key(data):
         raise OutputConflictError(out.uri_of(plan.inputs), "is not what was planned")
     table = _open(out.uri_of(plan.inputs), data)
-    ends = pc.run_end_encode(table["shard"].combine_chunks()).run_ends.to_pylist()
-    for start, end in pairwise([0, *ends]):
-        rows = table.slice(start, end - start).select(["key", "size", "etag", "kind"]).to_pylist()
-        yield [Entry(**row) for row in rows]
+    runs = pc.run_end_encode(table["part"].combine_chunks())
+    ends, inputs = runs.run_ends.to_pylist(), table.select(INPUTS.names)
+    slices = [inputs.slice(start, end - start) for start, end in pairwise([0, *ends])]
+    return dict(zip(runs.values.to_pylist(), slices, strict=True))
 
 
 def _inputs_key(data: bytes) -> str:
     return f"_fruitray/plan/inputs-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
 
 
-def part_key(shard: int) -> str:
-    """Where the rows of `shard` lie."""
-    return f"data/part-{shard:06d}.parquet"
-
-
-def committed_shards(out: Storage, plan: Plan) -> set[int]:
-    """Which shards are done. Folder markers and hidden files (a file manager's) do not count.
+def committed(out: Storage, shards: Container[str]) -> set[str]:
+    """Which of the `shards` are done. Folder markers and hidden files (a file manager's) do not count.
 
     Raises:
-        OutputConflictError: something lies in `data/` that is no part of the plan.
+        OutputConflictError: something lies in `data/` that is none of them.
     """
-    numbers = {part_key(shard): shard for shard in range(plan.shards)}
     keys = [entry.key for entry in out.list("data/")]
     found = [key for key in keys if not key.endswith("/") and "/." not in key]
-    if strangers := sorted(set(found) - set(numbers)):
+    if strangers := sorted(key for key in found if key not in shards):
         raise OutputConflictError(out.uri_of(strangers[0]), "is no part of this plan")
-    return {numbers[key] for key in found}
+    return set(found)
 
 
 def commit(
-    out: Storage,
-    plan: Plan,
-    shard: int,
-    uris: Sequence[str],
-    etags: Sequence[str],
-    predictions: "Sequence[Prediction]",
-    model_id: str,
+    out: Storage, plan: Plan, key: str, inputs: pa.Table, rows: pa.Table, lineage: Mapping[str, str] | None = None
 ) -> bool:
-    """Write the rows of `shard` at once or not at all; False if they were committed before (by a lost self or a twin).
+    """Write the `rows` of the shard `key` at once or not at all; False if they were committed before (by a lost self or
+    a twin). `lineage` says in the file's schema where they come from.
 
     Raises:
         OutputConflictError: other rows stand in the shard's place.
     """
-    rows = [
-        {"uri": uri, "etag": etag, "model_id": model_id, **asdict(prediction)}
-        for uri, etag, prediction in zip(uris, etags, predictions, strict=True)
-    ]
-    schema = SCHEMA.with_metadata({"fruitray.plan": plan.hash, "fruitray.shard": str(shard)})
-    key = part_key(shard)
-    if _create(out, plan, key, parquet(pa.Table.from_pylist(rows, schema))):
+    marks = {**(lineage or {}), "fruitray.plan": plan.hash, "fruitray.shard": key}
+    if _create(out, plan, key, parquet(rows.replace_schema_metadata(marks))):
         return True
-    standing = _open(out.uri_of(key), out.read(key))
-    _require_shard(out.uri_of(key), standing, plan, shard, uris, etags)
+    _require_shard(out.uri_of(key), _open(out.uri_of(key), out.read(key)), plan, key, inputs)
     return False
 
 
-def finish(out: Storage, plan: Plan, root: str) -> list[Part]:
+def finish(out: Storage, plan: Plan) -> list[Part]:
     """Check that every shard is committed, write the manifest, then `_SUCCESS`. Answers what is in each part.
-
-    `root` is the URI of the images, below which the inputs were listed.
 
     Raises:
         TryAgainError: shards are missing.
         OutputConflictError: a part does not hold what was planned.
     """
-    missing = set(range(plan.shards)) - committed_shards(out, plan)
+    shards = read_shards(out, plan)
+    missing = len(shards) - len(committed(out, shards))
     if missing:
-        raise TryAgainError(out.uri, f"{len(missing)} of {plan.shards} shards are not scored yet: run score again")
-    parts = _check_parts(out, plan, root)
+        raise TryAgainError(out.uri, f"{missing} of {plan.shards} shards are not scored yet: run score again")
+    parts = _check_parts(out, plan, shards)
     manifest = _manifest(plan, parts)
     _create(out, plan, MANIFEST, manifest)
     if out.read(MANIFEST) != manifest:
@@ -250,10 +237,11 @@ def verify(out: Storage) -> list[Part]:
     if not is_finished(out):
         raise TryAgainError(out.uri, f"has no {SUCCESS}: run score again to finish it")
     plan = read_plan(out)
-    missing = set(range(plan.shards)) - committed_shards(out, plan)
+    shards = read_shards(out, plan)
+    missing = shards.keys() - committed(out, shards)
     if missing:
-        raise OutputConflictError(out.uri_of(part_key(min(missing))), "is missing")
-    parts = _check_parts(out, plan, str(plan.settings.get("images")))
+        raise OutputConflictError(out.uri_of(min(missing)), "is missing")
+    parts = _check_parts(out, plan, shards)
     said = {part.key: part for part in read_manifest(out)}
     for part in parts:
         if said.get(part.key) != part:
@@ -267,13 +255,11 @@ def _manifest(plan: Plan, parts: Sequence[Part]) -> bytes:
     return _json({"plan": plan.hash, "rows": plan.rows, "parts": [asdict(part) for part in parts]})
 
 
-def _check_parts(out: Storage, plan: Plan, root: str) -> list[Part]:
-    def check(shard: int, entries: list[Entry]) -> Part:
-        key = part_key(shard)
+def _check_parts(out: Storage, plan: Plan, shards: Mapping[str, pa.Table]) -> list[Part]:
+    def check(key: str) -> Part:
         data = out.read(key)
         table = _open(out.uri_of(key), data)
-        uris, etags = [f"{root}/{entry.key}" for entry in entries], [entry.etag for entry in entries]
-        _require_shard(out.uri_of(key), table, plan, shard, uris, etags)
+        _require_shard(out.uri_of(key), table, plan, key, shards[key])
         predicted, codes = table["label"].to_pylist(), table["error_code"].to_pylist()
         return Part(
             key,
@@ -281,11 +267,11 @@ def _check_parts(out: Storage, plan: Plan, root: str) -> list[Part]:
             hashlib.sha256(data).hexdigest(),
             _counts(predicted),
             _counts(codes),
-            _confusion(plan, entries, predicted),
+            _confusion(plan, shards[key]["label"].to_pylist(), predicted),
         )
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(check, range(plan.shards), read_inputs(out, plan)))
+        return list(pool.map(check, shards))
 
 
 def _counts(names: Sequence[str | None]) -> dict[str, int]:
@@ -293,12 +279,12 @@ def _counts(names: Sequence[str | None]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _confusion(plan: Plan, entries: Sequence[Entry], predicted: Sequence[str | None]) -> dict[str, dict[str, int]]:
+def _confusion(plan: Plan, known: Sequence[str | None], predicted: Sequence[str | None]) -> dict[str, dict[str, int]]:
     found: dict[str, list[str | None]] = {}
-    for entry, label in zip(entries, predicted, strict=True):
-        if (folder := label_of(entry.key)) in plan.settings.get("classes", ()):
-            found.setdefault(str(folder), []).append(label)
-    return {folder: _counts(labels) for folder, labels in sorted(found.items())}
+    for before, label in zip(known, predicted, strict=True):
+        if before is not None and before in plan.settings.get("classes", ()):
+            found.setdefault(before, []).append(label)
+    return {before: _counts(labels) for before, labels in sorted(found.items())}
 
 
 def _open(uri: str, data: bytes) -> pa.Table:
@@ -310,17 +296,16 @@ def _open(uri: str, data: bytes) -> pa.Table:
         raise OutputConflictError(uri, "is no Parquet file, or a damaged one") from error
 
 
-def _require_shard(
-    uri: str, table: pa.Table, plan: Plan, shard: int, uris: Sequence[str], etags: Sequence[str]
-) -> None:
+def _require_shard(uri: str, table: pa.Table, plan: Plan, key: str, inputs: pa.Table) -> None:
     metadata = table.schema.metadata or {}
     if metadata.get(b"fruitray.plan") != plan.hash.encode():
         raise OutputConflictError(uri, "belongs to another plan")
-    if metadata.get(b"fruitray.shard") != str(shard).encode():
+    if metadata.get(b"fruitray.shard") != key.encode():
         raise OutputConflictError(uri, "holds another shard")
-    if table.schema.names != SCHEMA.names or table["uri"].to_pylist() != list(uris):
+    names = schema(embeddings=bool(plan.settings.get("embeddings"))).names
+    if table.schema.names != names or table["uri"].to_pylist() != uris(inputs).to_pylist():
         raise OutputConflictError(uri, "does not hold exactly the planned inputs")
-    if table["etag"].to_pylist() != list(etags):
+    if table["etag"].to_pylist() != inputs["etag"].to_pylist():
         raise OutputConflictError(uri, "holds other versions of its inputs than were planned")
     if set(table["model_id"].to_pylist()) != {plan.settings["model_id"]}:
         raise OutputConflictError(uri, "holds rows of another model")

@@ -381,33 +381,50 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Score every photo below a place with a model package: one Parquet row per input, exactly once."""
+    """Score photos with a model package: one Parquet row per input, exactly once."""
 
     package: str
     """What `train` wrote."""
-    images: str
-    """Folder or s3:// prefix; every file below it is an input."""
+    images: tuple[str, ...]
+    """Folders or s3:// prefixes, every file below which is an input; or lists: .parquet or .csv files with a column
+    `uri` (and perhaps `label`, `etag`, `bytes`), such as an index."""
     out: str
     """Folder or s3:// prefix for data/part-*.parquet, manifest.json and _SUCCESS. The same command again resumes."""
     top_k: int = 3
     """How many labels and scores each row lists."""
+    embeddings: bool = False
+    """Add what the network's head sees of each photo, as a column `embedding`."""
+    partition_by: Literal["nothing", "folder"] = "nothing"
+    """Write data/folder=NAME/part-*.parquet, by the first folder of each photo, or by the `label` of a list."""
     shard_rows: int = 256
-    """Rows per Parquet file: the unit of work, commit and resume."""
-    batch_size: int = 32
-    """Photos per forward pass."""
+    """Rows per Parquet file at most: the unit of work, commit and resume."""
+    batch_size: int = 0
+    """Photos per forward pass; 0 takes what suits the device."""
+    engine: Literal["auto", "eager", "compile", "openvino"] = "auto"
+    """What computes: plain PyTorch, torch.compile, or OpenVINO (extra, for CPUs); auto takes the quickest for so many
+    photos of those that are installed."""
+    full_precision: bool = False
+    """Compute in float32 where bfloat16 is quicker, too."""
     workers: int = 0
     """Scoring processes; 0 takes one per CPU of the cluster, or one per GPU with --gpu."""
     gpu: bool = False
-    """Give each worker one GPU."""
+    """Give each worker one GPU, and its share of the CPUs to decode for it."""
     max_error_rate: float = 1.0
     """Exit 4 when a larger share of the photos is bad; every row is written all the same."""
+    cost_per_hour: float | None = None
+    """What the cluster costs, in any currency: the summary then says what 1,000 photos cost."""
+    dry_run: bool = False
+    """Score some photos, say how long all would take, and write nothing."""
 
     def __post_init__(self) -> None:
+        require(len(self.images) > 0, "images", self.images, "must name at least one place")
         require(self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
         require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "must be at least 1")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require(self.batch_size >= 0, "batch_size", self.batch_size, "must not be negative")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")
         require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")
+        cost = self.cost_per_hour
+        require(cost is None or cost >= 0, "cost_per_hour", cost, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -465,9 +482,15 @@ def resolved(config: Any) -> Any:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             changes[name] = resolved(value)
+        elif name in PLACES and isinstance(value, tuple):
+            changes[name] = tuple(map(_in_one_way, value))
         elif name in PLACES and value not in (None, "imagenet", "none"):
-            changes[name] = value.rstrip("/") if "://" in value else os.path.abspath(os.path.expanduser(value))
+            changes[name] = _in_one_way(value)
     return dataclasses.replace(config, **changes)
+
+
+def _in_one_way(place: str) -> str:
+    return place.rstrip("/") if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def to_json(config: Any) -> bytes:

@@ -45,35 +45,45 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)`; shows how many of `total` `unit` are done, how fast, and what is left."""
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count, note="")`; shows how many of `total` `unit` are done, how fast, what is left, the note."""
     shown = _live(what, total, unit) if _OUT.is_terminal else _logged(what, total, unit)
     with shown as advance:
         yield advance
 
 
 @contextmanager
-def _live(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(*columns, TimeRemainingColumn(), console=_OUT) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+def _live(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    numbers = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
+    columns = (TextColumn("{task.description}"), *numbers, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    start = time.monotonic()
+    with Progress(*columns, console=_OUT) as bar:
+        task = bar.add_task(what, total=total, note="", rate="")
+
+        def advance(count: int, note: str = "") -> None:
+            bar.advance(task, count)
+            rate = bar.tasks[0].completed / max(time.monotonic() - start, 1e-9)
+            bar.update(task, note=note, rate=f"{rate:,.1f}/s")
+
+        yield advance
 
 
 @contextmanager
-def _logged(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _logged(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     start = last = time.monotonic()
-    done, said = 0, -1
+    done, said, noted = 0, -1, ""
 
     def line() -> None:
         nonlocal said
         said = done
         seconds = max(time.monotonic() - start, 1e-9)
-        say(f"{what}: {done:,} of {total:,} {unit}, {seconds:.0f} s, {done / seconds:,.1f} {unit}/s")
+        left = f", {(total - done) * seconds / done:,.0f} s left" if 0 < done < total else ""
+        so_far = f", {noted}" if noted else ""
+        say(f"{what}: {done:,} of {total:,} {unit}, {seconds:.0f} s, {done / seconds:,.1f} {unit}/s{left}{so_far}")
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, last, noted
+        done, noted = done + count, note
         if time.monotonic() - last >= LOG_INTERVAL_S:
             last = time.monotonic()
             line()

@@ -1,11 +1,10 @@
 """Photos -> logits -> calibrated scores. Evaluation and predictor share this, through the model package."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from fruitray.config import require
 
@@ -42,9 +41,9 @@ class Inference:
         """
         return cls(**{field.name: said[field.name] for field in fields(cls)})
 
-    def logits(self, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    def logits(self, module: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """(B, ...) what `module` takes, (B, 3, S, S) uint8 photos with `tta` -> (B, C) float32."""
-        logits: torch.Tensor = module(inputs)
+        logits = module(inputs)
         if self.tta:
             logits = (logits + module(inputs.flip(3))) / 2
         return logits

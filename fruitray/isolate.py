@@ -15,20 +15,26 @@ import subprocess
 import sys
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, Self
+from queue import SimpleQueue
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
 from fruitray.errors import ImageError
 from fruitray.images import image_error
 
+Result = TypeVar("Result")
 LOOK, RGB = "fruitray.facts:look", "fruitray.images:rgb"
 DECODE_TIMEOUT_S = 20.0
 """One photo's. 50 megapixels took 1 to 6 s on a shared core, the most as lossless WebP."""
+AHEAD = 16
+"""How many answers a pool has ready before they are asked for."""
 DECODE_MEMORY = 4 * 2**30
 """Bytes of a child's address space, where the system limits that (Linux). 50 megapixels took up to 1.7 GiB."""
 
@@ -129,6 +135,40 @@ class Isolated:
             return _refusal(image_error("E_TIMEOUT", f"more than {self.timeout_s:g} s"))
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return _refusal(image_error("E_DECODE_CRASH", how))
+
+
+class IsolatedPool:
+    """Several `Isolated` at once, each with a thread of this process that waits for it."""
+
+    def __init__(self, function: str, children: int) -> None:
+        self._children, self._idle = children, SimpleQueue[Isolated]()
+        for _ in range(children):
+            self._idle.put(Isolated(function))
+        self._threads = ThreadPoolExecutor(children)
+
+    def map(
+        self, contents: Iterable[bytes | ImageError], then: Callable[[dict[str, Any]], Result]
+    ) -> Iterator[Result | ImageError]:
+        """`then` of what the function makes of each, in order, a few ahead; what is or becomes an `ImageError` is
+        yielded as one. `then` runs in the threads."""
+        window: deque[Future[Result | ImageError]] = deque()
+        for item in contents:
+            window.append(self._threads.submit(self._one, item, then))
+            if len(window) > AHEAD + 2 * self._children:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+
+    def _one(self, item: bytes | ImageError, then: Callable[[dict[str, Any]], Result]) -> Result | ImageError:
+        if isinstance(item, ImageError):
+            return item
+        isolated = self._idle.get()
+        try:
+            return then(isolated(item))
+        except ImageError as error:
+            return error
+        finally:
+            self._idle.put(isolated)
 
 
 class _Child:

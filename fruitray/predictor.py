@@ -1,5 +1,6 @@
 """List of file contents -> list of `Prediction`, one each, in order."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fruitray.backbones import pick_device
+from fruitray.engines import EngineName, make_engine
 from fruitray.errors import ImageError
 from fruitray.images import decode
 from fruitray.memory import keep_freed_memory
@@ -30,58 +32,99 @@ class Prediction:
     width: int | None = None
     """Pixels, as is `height`, after EXIF rotation."""
     height: int | None = None
+    embedding: NDArray[np.float32] | None = None
+    """(D,) what the head saw of the photo as it is; only if asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """A photo at the size that the network sees."""
+
+    pixels: torch.Tensor
+    """(3, S, S) uint8."""
+    width: int
+    """Pixels of the photo itself, as is `height`."""
+    height: int
 
 
 class Predictor:
     """A package, ready on this process's device. Batches are cut from the readable photos in order, so equal lists give
-    equal predictions."""
+    equal predictions. `batch_size` 0 takes what suits the device."""
 
-    def __init__(self, package: Package, *, top_k: int = 3, batch_size: int = 32, gpu: bool = True) -> None:
+    def __init__(
+        self,
+        package: Package,
+        *,
+        top_k: int = 3,
+        batch_size: int = 0,
+        gpu: bool = True,
+        engine: EngineName = "eager",
+        full_precision: bool = False,
+        embeddings: bool = False,
+    ) -> None:
         self.package = package
         self._top_k = min(top_k, len(package.classes))
-        self._batch_size = batch_size
-        self._device = pick_device(gpu=gpu)
+        self._embeddings = embeddings
+        self.seconds = 0.0
+        """Spent computing so far."""
         keep_freed_memory()
-        self._model = package.model.to(self._device).eval()
+        device = pick_device(gpu=gpu)
+        self.engine = make_engine(engine, package.model, device, full_precision=full_precision, batch=batch_size)
 
     def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:
         """One prediction per item; an item that could not be fetched comes as its `ImageError`."""
-        return self.predict_decoded(map(_decoded, contents))
+        return self.predict_squares(map(self._decoded, contents))
 
-    def predict_decoded(self, photos: Iterable[NDArray[np.uint8] | ImageError]) -> list[Prediction]:
-        """One prediction per photo, (3, H, W) uint8 RGB; one that could not be decoded comes as its `ImageError`."""
+    def square(self, pixels: NDArray[np.uint8]) -> Square:
+        """(3, H, W) uint8 RGB -> what `predict_squares` takes. May be called by several threads."""
+        return Square(self.package.model.preprocessing.resize(pixels), pixels.shape[2], pixels.shape[1])
+
+    def predict_squares(self, squares: Iterable[Square | ImageError]) -> list[Prediction]:
+        """One prediction per photo; one that could not be decoded comes as its `ImageError`."""
         predictions: list[Prediction | None] = []
-        waiting: list[tuple[int, torch.Tensor, int, int]] = []
-        for position, photo in enumerate(photos):
+        waiting: list[tuple[int, Square]] = []
+        for position, square in enumerate(squares):
             predictions.append(None)
-            if isinstance(photo, ImageError):
-                predictions[position] = Prediction(status="error", error_code=photo.code, error=photo.detail)
+            if isinstance(square, ImageError):
+                predictions[position] = Prediction(status="error", error_code=square.code, error=square.detail)
                 continue
-            height, width = photo.shape[1:]
-            waiting.append((position, self.package.model.preprocessing.resize(photo), width, height))
-            if len(waiting) == self._batch_size:
+            waiting.append((position, square))
+            if len(waiting) == self.engine.batch:
                 self._flush(waiting, predictions)
         if waiting:
             self._flush(waiting, predictions)
         return [prediction for prediction in predictions if prediction is not None]
 
-    def _flush(self, waiting: list[tuple[int, torch.Tensor, int, int]], predictions: list[Prediction | None]) -> None:
+    def _flush(self, waiting: list[tuple[int, Square]], predictions: list[Prediction | None]) -> None:
         """Predict the waiting photos, write them to their positions, and forget them."""
-        batch = stack([square for _, square, _, _ in waiting]).to(self._device)
-        with torch.inference_mode():
-            inference = self.package.inference
-            shares = inference.scores(inference.logits(self._model, batch)).cpu()
+        start = time.perf_counter()
+        seen: list[torch.Tensor] = []  # embeddings of each view, of the photos themselves first
+
+        def logits(view: torch.Tensor) -> torch.Tensor:
+            answer, embeddings = self.engine(view)
+            seen.append(embeddings)
+            return answer
+
+        inference = self.package.inference
+        shares = inference.scores(inference.logits(logits, stack([square.pixels for _, square in waiting])))
         scores, numbers = shares.topk(self._top_k, dim=1)
-        for (position, _, width, height), row, classes in zip(waiting, scores.tolist(), numbers.tolist(), strict=True):
+        rows = zip(waiting, scores.tolist(), numbers.tolist(), seen[0].numpy(), strict=True)
+        for (position, square), row, classes, embedding in rows:
             labels = [self.package.classes[number] for number in classes]
             predictions[position] = Prediction(
-                label=labels[0], confidence=row[0], top_labels=labels, top_scores=row, width=width, height=height
+                label=labels[0],
+                confidence=row[0],
+                top_labels=labels,
+                top_scores=row,
+                width=square.width,
+                height=square.height,
+                embedding=embedding if self._embeddings else None,
             )
         waiting.clear()
+        self.seconds += time.perf_counter() - start
 
-
-def _decoded(content: bytes | ImageError) -> NDArray[np.uint8] | ImageError:
-    try:
-        return content if isinstance(content, ImageError) else decode(content).pixels
-    except ImageError as error:
-        return error
+    def _decoded(self, content: bytes | ImageError) -> Square | ImageError:
+        try:
+            return content if isinstance(content, ImageError) else self.square(decode(content).pixels)
+        except ImageError as error:
+            return error

@@ -69,6 +69,11 @@ class S3Storage(Storage):
                     if item["Key"] != self._root:  # the marker that some tools leave for the root "folder"
                         yield Entry(item["Key"][len(self._root) :], item["Size"], item["ETag"].strip('"'))
 
+    def stat(self, key: str) -> Entry:
+        with _errors(self.uri_of(key)):
+            answer = self._client.head_object(Bucket=self._bucket, Key=self._root + key)
+        return Entry(key, answer["ContentLength"], answer["ETag"].strip('"'))
+
     def read(self, key: str, etag: str = "") -> bytes:
         condition = {"IfMatch": f'"{etag}"'} if etag else {}
         with _errors(self.uri_of(key)):
@@ -114,8 +119,7 @@ class S3Storage(Storage):
 
     def exists(self, key: str) -> bool:
         try:
-            with _errors(self.uri_of(key)):
-                self._client.head_object(Bucket=self._bucket, Key=self._root + key)
+            self.stat(key)
         except NotFoundError:
             return False
         return True

@@ -58,6 +58,10 @@ class Storage(ABC):
         """Every object whose key starts with `prefix`, folders walked through, in no promised order."""
 
     @abstractmethod
+    def stat(self, key: str) -> Entry:
+        """What `list` would say of the object at `key`; `NotFoundError` if there is none."""
+
+    @abstractmethod
     def read(self, key: str, etag: str = "") -> bytes:
         """The whole object. With `etag`, `ChangedError` if it is another version by now."""
 
@@ -135,6 +139,10 @@ class LocalStorage(Storage):
                 except FileNotFoundError:  # deleted meanwhile
                     continue
                 yield _entry(key, status)
+
+    def stat(self, key: str) -> Entry:
+        with _errors(self.uri_of(key)):
+            return _entry(key, os.lstat(self.uri_of(key)))
 
     def read(self, key: str, etag: str = "") -> bytes:
         path = self.uri_of(key)

@@ -1,83 +1,121 @@
 """score: plan, predict shard by shard on the cluster, commit each shard once, seal the output."""
 
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 import torch
-from numpy.typing import NDArray
 
-from fruitray.cluster.runtime import connect, open_input, open_output, stream, worker_count
+from fruitray.cluster.runtime import connect, open_output, stream, worker_count
 from fruitray.commit import (
+    PLAN,
     Part,
     Plan,
     adopt_plan,
     commit,
-    committed_shards,
+    committed,
     finish,
     is_finished,
-    read_inputs,
     read_manifest,
     read_plan,
+    read_shards,
     write_plan,
 )
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import progress, say, show_table
+from fruitray.engines import pick_engine
 from fruitray.errors import ImageError, NoInputError, OutputConflictError, TooManyBadImagesError
-from fruitray.images import fetch, list_images
-from fruitray.isolate import RGB, Isolated
+from fruitray.images import fetch
+from fruitray.inputs import INPUTS, entries, list_inputs
+from fruitray.isolate import RGB, IsolatedPool
 from fruitray.metrics import summary
-from fruitray.package import load_package
-from fruitray.predictor import Predictor
-from fruitray.storage import Entry, Storage, open_storage
+from fruitray.package import Package, load_package, versions
+from fruitray.predictor import Predictor, Square
+from fruitray.scores import score_rows
+from fruitray.storage import Storage, open_storage
 
 METRICS = "metrics.json"
+BURST = 64
+"""Photos that a worker without a GPU decodes before it computes."""
+PROBED = 64
+"""Photos that a dry run scores, per worker."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What workers have done so far."""
+
+    rows: int = 0
+    errors: int = 0
+    engine: str = ""
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Of all workers together, by stage."""
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Count a worker's answer in."""
+        self.rows += result["rows"]
+        self.errors += result["errors"]
+        self.engine = result["engine"]
+        self.seconds.update({stage: result[stage] for stage in STAGES})
+
+
+STAGES = ("photos", "network", "commit")
+"""What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
 
 
 def run(config: ScoreConfig) -> str:
     """Score what is not scored yet, write the manifest and `_SUCCESS`; show the rows by status and by label."""
-    images = open_input(config.images)
-    out = open_output(config.out, images)
-    plan = _plan(config, images, out)
+    start = time.perf_counter()
+    out = _open_output(config)
+    package = load_package(config.package)
+    if config.dry_run:
+        return _dry_run(config, package)
+    plan = _plan(config, package, out)
     if is_finished(out):
         return _summary(config, out, plan, read_manifest(out), "was complete already")
-    done = committed_shards(out, plan)
-    shards = [(number, rows) for number, rows in enumerate(read_inputs(out, plan)) if number not in done]
+    shards = read_shards(out, plan)
+    done = committed(out, shards)
+    left = {key: inputs for key, inputs in shards.items() if key not in done}
     if done:
         say(f"score: {len(done)} of {plan.shards} shards were committed before")
-    start = time.perf_counter()
-    if shards:
-        connect()
-        _score(config, out, shards)
-    seconds = time.perf_counter() - start
-    rows = sum(len(rows) for _, rows in shards)
-    said = f"{rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):.1f} images/s, start-up included"
-    return _summary(config, out, plan, finish(out, plan, images.uri), said)
+    work = _score(config, left, plan.settings["engine"]) if left else Work()
+    parts = finish(out, plan)
+    return _summary(config, out, plan, parts, _speed(config, work, time.perf_counter() - start))
 
 
-def _plan(config: ScoreConfig, images: Storage, out: Storage) -> Plan:
+def _open_output(config: ScoreConfig) -> Storage:
+    out = open_output(config.out)
+    for place in config.images:
+        out = open_output(config.out, open_storage(place))
+    return out
+
+
+def _settings(config: ScoreConfig, package: Package) -> dict[str, Any]:
+    """All that decides a row, but for the engine."""
+    names = ("top_k", "embeddings", "partition_by", "shard_rows", "batch_size", "full_precision")
+    known = {"images": list(config.images), "model_id": package.model_id, "classes": list(package.classes)}
+    return known | {name: getattr(config, name) for name in names}
+
+
+def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     """Adopt the plan that stands, or list the inputs and write one."""
-    package = load_package(config.package)
-    settings = {
-        "images": images.uri,
-        "model_id": package.model_id,
-        "classes": list(package.classes),
-        "top_k": config.top_k,
-        "shard_rows": config.shard_rows,
-        "batch_size": config.batch_size,
-    }
-    if plan := adopt_plan(out, settings):
-        return plan
-    entries, skipped = list_images(images)
-    if not entries:
-        raise NoInputError(images.uri)
-    plan = write_plan(out, settings, entries, config.shard_rows)
+    settings = _settings(config, package)
+    if out.exists(PLAN):
+        standing = read_plan(out).settings.get("engine")
+        if plan := adopt_plan(out, settings | {"engine": standing if config.engine == "auto" else config.engine}):
+            return plan
+    inputs, skipped = _inputs(config)
+    settings["engine"] = _engine(config, inputs.num_rows)
+    plan = write_plan(out, settings, inputs, config.shard_rows, partitioned=config.partition_by == "folder")
     out.create("score.json", to_json(config))
     say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {skipped}")
     if not plan.created_atomically:
@@ -88,60 +126,164 @@ def _plan(config: ScoreConfig, images: Storage, out: Storage) -> Plan:
     return plan
 
 
-def _score(config: ScoreConfig, out: Storage, shards: list[tuple[int, list[Entry]]]) -> None:
-    tables = [
-        pa.table({"shard": [number], "entries": [[asdict(entry) for entry in entries]]}) for number, entries in shards
-    ]
-    workers = min(worker_count(config.workers, gpu=config.gpu), len(tables))
-    errors = 0
-    with progress("score", sum(len(entries) for _, entries in shards), "photos") as advance:
+def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
+    inputs, skipped = list_inputs(config.images)
+    if not inputs.num_rows:
+        raise NoInputError(" ".join(config.images))
+    return inputs, skipped
+
+
+def _engine(config: ScoreConfig, photos: int) -> str:
+    if config.engine != "auto":
+        return config.engine
+    return pick_engine(photos // (config.workers or os.cpu_count() or 1), gpu=config.gpu)
+
+
+def _score(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: str) -> Work:
+    """Have workers score `shards`, and commit them unless it is a dry run."""
+    connect()
+    workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers) if config.gpu else 1
+    work = Work()
+    tables = [pa.table({"part": [key], "inputs": [inputs.to_pylist()]}) for key, inputs in shards.items()]
+    with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
         for result in stream(
             tables,
             _Scorer,
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, engine, cpus),
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=1,
+            num_cpus=cpus,
             num_gpus=1 if config.gpu else 0,
         ):
-            advance(sum(result["rows"].to_pylist()))
-            errors += sum(result["errors"].to_pylist())
-    if errors:
-        say(f"score: {errors} photos could not be read; their rows say why")
+            for answer in result.to_pylist():
+                if not work.rows:
+                    say(f"score: {workers} workers, {answer['engine']}")
+                work.add(answer)
+                advance(answer["rows"], f"{work.errors:,} errors" if work.errors else "")
+    if work.errors:
+        say(f"score: {work.errors} photos could not be read; their rows say why")
+    return work
 
 
 class _Scorer:
     """One worker: a shard in, its rows committed, their counts out."""
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: ScoreConfig, engine: Any, cpus: int) -> None:
         torch.set_num_threads(1)
-        package = load_package(config.package)
-        self._predictor = Predictor(package, top_k=config.top_k, batch_size=config.batch_size, gpu=config.gpu)
-        self._images, self._out = open_input(config.images), open_storage(config.out)
+        self._config, self._package = config, load_package(config.package)
+        self._predictor = Predictor(
+            self._package,
+            top_k=config.top_k,
+            batch_size=config.batch_size,
+            gpu=config.gpu,
+            engine=engine,
+            full_precision=config.full_precision,
+            embeddings=config.embeddings,
+        )
+        self._decoders = IsolatedPool(RGB, cpus)
+        self._storages: dict[str, Storage] = {}
+        if config.dry_run:
+            return
+        self._out = open_storage(config.out)
         self._plan = read_plan(self._out)
-        self._isolated = Isolated(RGB)
-        if package.model_id != self._plan.settings["model_id"]:
+        if self._package.model_id != self._plan.settings["model_id"]:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
         [shard] = task.to_pylist()
-        entries = [Entry(**entry) for entry in shard["entries"]]
-        predictions = self._predictor.predict_decoded(self._decoded(entries))
-        commit(
-            self._out,
-            self._plan,
-            shard["shard"],
-            [self._images.uri_of(entry.key) for entry in entries],
-            [entry.etag for entry in entries],
-            predictions,
-            self._predictor.package.model_id,
-        )
-        errors = sum(prediction.status == "error" for prediction in predictions)
-        return pa.table({"shard": [shard["shard"]], "rows": [len(predictions)], "errors": [errors]})
+        start, computed = time.perf_counter(), self._predictor.seconds
+        inputs = pa.Table.from_pylist(shard["inputs"], INPUTS)
+        predictions = self._predictor.predict_squares(self._squares(inputs))
+        predicted = time.perf_counter()
+        if not self._config.dry_run:
+            rows = score_rows(inputs, predictions, self._package.model_id, embeddings=self._config.embeddings)
+            commit(self._out, self._plan, shard["part"], inputs, rows, _lineage(self._package, self._predictor))
+        network = self._predictor.seconds - computed
+        answer = {
+            "rows": len(predictions),
+            "errors": sum(prediction.status == "error" for prediction in predictions),
+            "engine": self._predictor.engine.name,
+            "photos": predicted - start - network,
+            "network": network,
+            "commit": time.perf_counter() - predicted,
+        }
+        return pa.Table.from_pylist([answer])
 
-    def _decoded(self, entries: list[Entry]) -> Iterator[NDArray[np.uint8] | ImageError]:
-        """(3, H, W) each, decoded in a process of its own."""
-        for answer in self._isolated.map(fetch(self._images, entries)):
-            yield answer if isinstance(answer, ImageError) else answer["pixels"].transpose(2, 0, 1)
+    def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
+        """Fetched, and decoded in processes of their own."""
+        for root, rows in groupby(entries(inputs), itemgetter(0)):
+            if root not in self._storages:
+                self._storages[root] = open_storage(root)
+            contents = iter(fetch(self._storages[root], [entry for _, entry in rows]))
+            if self._config.gpu:
+                yield from self._decode(contents)
+            else:  # one core does it all, and is slower when it goes to and fro
+                while burst := list(self._decode(islice(contents, BURST))):
+                    yield from burst
+
+    def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
+        return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))
+
+
+def _pixels(found: Mapping[str, Any]) -> Any:
+    return found["pixels"].transpose(2, 0, 1)
+
+
+def _lineage(package: Package, predictor: Predictor) -> dict[str, str]:
+    """What a part says of its origin, besides the plan."""
+    said = {
+        "model_id": package.model_id,
+        "package": package.uri,
+        "classes": json.dumps(package.classes),
+        "preprocessing": json.dumps(package.description["preprocessing"]),
+        "engine": predictor.engine.name,
+        "versions": json.dumps(versions()),
+    }
+    return {f"fruitray.{name}": value for name, value in said.items()}
+
+
+# ---- What a person is told
+
+
+def _dry_run(config: ScoreConfig, package: Package) -> str:
+    inputs, skipped = _inputs(config)
+    photos, size = inputs.num_rows, sum(inputs["size"].to_pylist())
+    engine = _engine(config, photos)
+    connect()
+    workers = min(worker_count(config.workers, gpu=config.gpu), photos)
+    step = max(1, photos // (workers * PROBED))
+    probe = inputs.take(list(range(0, photos, step))[: workers * PROBED])
+    each = -(-probe.num_rows // workers)
+    shards = {str(number): probe.slice(number * each, each) for number in range(workers)}
+    start = time.perf_counter()
+    work = _score(config, {key: rows for key, rows in shards.items() if rows.num_rows}, engine)
+    busy = sum(work.seconds.values()) / workers
+    started = time.perf_counter() - start - busy
+    seconds = started + busy * photos / work.rows
+    say(f"score: {photos:,} photos, {size / 1e6:,.1f} MB; hidden files skipped: {skipped}; nothing was written")
+    return f"score: all would take about {_duration(seconds)}{_cost(config, seconds, photos)}, start-up {started:.0f} s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _cost(config: ScoreConfig, seconds: float, photos: int) -> str:
+    if config.cost_per_hour is None:
+        return ""
+    cost = config.cost_per_hour * seconds / 3600
+    return f" and cost {cost:,.4g}, {1000 * cost / max(photos, 1):,.4g} per 1,000 photos"
+
+
+def _speed(config: ScoreConfig, work: Work, seconds: float) -> str:
+    rate = work.rows / max(seconds, 1e-9)
+    stages = ", ".join(f"{stage} {work.seconds[stage]:.1f} s" for stage in STAGES)
+    cost = _cost(config, seconds, work.rows)
+    return (
+        f"{work.rows:,} rows in {seconds:.1f} s, {rate:.1f} images/s, start-up included{cost}; workers' time: {stages}"
+    )
 
 
 def show_rows(parts: Sequence[Part]) -> None:
@@ -155,8 +297,8 @@ def show_rows(parts: Sequence[Part]) -> None:
 
 
 def measured(classes: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
-    """How right the rows are, by the folders that have a class's name; empty without such. What could not be read, and
-    lies in other folders, does not count."""
+    """How right the rows are, by the labels that were known, where they are classes; empty without such. What could not
+    be read does not count."""
     together = Counter[tuple[str, str]]()
     for part in parts:
         together.update({(folder, label): n for folder, row in part.confusion.items() for label, n in row.items()})

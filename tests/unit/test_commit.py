@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,24 +22,27 @@ from hypothesis import strategies as st
 from fruitray.commit import (
     MANIFEST,
     PLAN,
-    SCHEMA,
     SUCCESS,
     Part,
     Plan,
     adopt_plan,
     commit,
-    committed_shards,
+    committed,
     finish,
     is_finished,
     part_key,
-    read_inputs,
     read_manifest,
     read_plan,
+    read_shards,
     verify,
     write_plan,
 )
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
+from fruitray.index import label_of
+from fruitray.inputs import INPUTS
+from fruitray.inputs import entries as entries_of
 from fruitray.predictor import Prediction
+from fruitray.scores import EMBEDDING, SCHEMA, score_rows
 from fruitray.storage import Entry, LocalStorage, Storage
 
 IMAGES = "s3://fruit/photos"
@@ -50,6 +54,16 @@ ODD_KEYS = ["a b.jpg", "ä/果.jpg", "tab\t.jpg", "quote'\".jpg", "a//b.jpg", ".
 
 def inputs(count: int = 7) -> list[Entry]:
     return [Entry(f"apple/{number}.jpg", 100 + number, f"v{number}") for number in range(count)]
+
+
+def table(entries: Sequence[Entry]) -> pa.Table:
+    """What `list_inputs` makes of them."""
+    rows = [{"root": IMAGES, "label": label_of(entry.key), **asdict(entry)} for entry in entries]
+    return pa.Table.from_pylist(rows, INPUTS)
+
+
+def listed(shard: pa.Table) -> list[Entry]:
+    return [entry for _, entry in entries_of(shard)]
 
 
 class Memory(Storage):
@@ -81,6 +95,9 @@ class Memory(Storage):
                 return False
             self.objects[key] = data
             return True
+
+    def stat(self, key: str) -> Entry:
+        raise AssertionError("nothing here needs it")
 
     def exists(self, key: str) -> bool:
         return key in self.objects
@@ -122,6 +139,9 @@ class Watched(Storage):
         self.writes.append(key)
         return self._do(lambda: self.inner.create(key, data))
 
+    def stat(self, key: str) -> Entry:
+        return self._do(lambda: self.inner.stat(key))
+
     def exists(self, key: str) -> bool:
         return self._do(lambda: self.inner.exists(key))
 
@@ -156,22 +176,23 @@ def predictions(entries: Sequence[Entry], model_id: str) -> list[Prediction]:
     return said
 
 
-def commit_shard(out: Storage, plan: Plan, shard: int, entries: Sequence[Entry]) -> bool:
-    uris, etags = [f"{IMAGES}/{entry.key}" for entry in entries], [entry.etag for entry in entries]
+def commit_shard(out: Storage, plan: Plan, number: int, shard: pa.Table) -> bool:
     model_id = plan.settings["model_id"]
-    return commit(out, plan, shard, uris, etags, predictions(entries, model_id), model_id)
+    rows = score_rows(shard, predictions(listed(shard), model_id), model_id)
+    return commit(out, plan, part_key(number), shard, rows)
 
 
 def drive(out: Storage, wanted: dict[str, Any] = SETTINGS, entries: Sequence[Entry] | None = None) -> list[Part]:
     """One run of the score job."""
-    plan = adopt_plan(out, wanted) or write_plan(out, wanted, entries or inputs(), SHARD_ROWS)
+    plan = adopt_plan(out, wanted) or write_plan(out, wanted, table(entries or inputs()), SHARD_ROWS)
     if is_finished(out):
         return read_manifest(out)
-    done = committed_shards(out, plan)
-    for shard, rows in enumerate(read_inputs(out, plan)):
-        if shard not in done:
-            commit_shard(out, plan, shard, rows)
-    return finish(out, plan, IMAGES)
+    shards = read_shards(out, plan)
+    done = committed(out, shards)
+    for number, (key, shard) in enumerate(shards.items()):
+        if key not in done:
+            commit_shard(out, plan, number, shard)
+    return finish(out, plan)
 
 
 def operations(out: Storage) -> int:
@@ -194,7 +215,7 @@ def require_one_row_each(out: Storage) -> None:
     """The output verifies, and holds the planned inputs, each in one row of the planned model."""
     parts = verify(out)
     plan = read_plan(out)
-    planned = [entry for rows in read_inputs(out, plan) for entry in rows]
+    planned = [entry for shard in read_shards(out, plan).values() for entry in listed(shard)]
     rows = rows_of(out)
     assert Counter(row["uri"] for row in rows) == {f"{IMAGES}/{entry.key}": 1 for entry in planned}
     assert {row["model_id"] for row in rows} == {plan.settings["model_id"]}
@@ -265,8 +286,8 @@ def test_odd_keys_stand_in_the_rows_verbatim() -> None:
 def test_planned_inputs_are_read_back_whole() -> None:
     out = Memory()
     entries = [*inputs(4), Entry("link.jpg", 9, "v", "symlink"), Entry("pipe", 0, "", "special")]
-    plan = write_plan(out, SETTINGS, entries, SHARD_ROWS)
-    assert [*read_inputs(out, plan)] == [entries[:3], entries[3:]]
+    plan = write_plan(out, SETTINGS, table(entries), SHARD_ROWS)
+    assert [listed(shard) for shard in read_shards(out, plan).values()] == [entries[:3], entries[3:]]
     assert (plan.rows, plan.shards) == (6, 2)
 
 
@@ -282,12 +303,12 @@ def test_a_finished_output_is_frozen(new_store: Callable[[], Storage]) -> None:
 
 def test_no_seal_before_all_shards_are_there() -> None:
     out = Memory()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
-    shards = [*read_inputs(out, plan)]
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    shards = [*read_shards(out, plan).values()]
     commit_shard(out, plan, 2, shards[2])
-    assert committed_shards(out, plan) == {2}
+    assert committed(out, read_shards(out, plan)) == {part_key(2)}
     with pytest.raises(TryAgainError, match="2 of 3 shards"):
-        finish(out, plan, IMAGES)
+        finish(out, plan)
     assert not out.exists(MANIFEST)
     assert not is_finished(out)
 
@@ -463,8 +484,8 @@ def test_drivers_that_really_run_at_once_agree(new_store: Callable[[], Storage])
 
 def test_a_zombie_that_commits_late_changes_nothing(new_store: Callable[[], Storage]) -> None:
     out = new_store()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
-    shards = [*read_inputs(out, plan)]
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    shards = [*read_shards(out, plan).values()]
     assert commit_shard(out, plan, 1, shards[1])
     drive(out)
     before = contents(out)
@@ -474,29 +495,29 @@ def test_a_zombie_that_commits_late_changes_nothing(new_store: Callable[[], Stor
 
 def test_a_zombie_of_another_plan_is_refused_and_changes_nothing(new_store: Callable[[], Storage]) -> None:
     elsewhere, out = new_store(), new_store()
-    foreign = write_plan(elsewhere, OTHER_SETTINGS, inputs(), SHARD_ROWS)
+    foreign = write_plan(elsewhere, OTHER_SETTINGS, table(inputs()), SHARD_ROWS)
     drive(out)
     before = contents(out)
     with pytest.raises(OutputConflictError, match="another plan"):
-        commit_shard(out, foreign, 0, inputs()[:3])
+        commit_shard(out, foreign, 0, table(inputs()[:3]))
     assert contents(out) == before
 
 
 def test_a_shard_committed_with_other_inputs_is_refused() -> None:
     out = Memory()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
-    commit_shard(out, plan, 0, inputs()[:3])
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    commit_shard(out, plan, 0, table(inputs()[:3]))
     with pytest.raises(OutputConflictError, match="planned inputs"):
-        commit_shard(out, plan, 0, inputs()[3:6])
+        commit_shard(out, plan, 0, table(inputs()[3:6]))
 
 
 @pytest.mark.parametrize("standing", [b"", b"no Parquet at all", b"PAR1 half"])
 def test_something_else_in_a_shards_place_is_refused(standing: bytes) -> None:
     out = Memory()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
     out.objects[part_key(0)] = standing
     with pytest.raises(OutputConflictError, match="part-000000"):
-        commit_shard(out, plan, 0, inputs()[:3])
+        commit_shard(out, plan, 0, table(inputs()[:3]))
     assert out.objects[part_key(0)] == standing
 
 
@@ -511,7 +532,7 @@ def test_something_else_in_a_shards_place_is_refused(standing: bytes) -> None:
 )
 def test_another_jobs_output_is_refused_by_naming_what_differs(wanted: dict[str, Any], named: list[str]) -> None:
     out = Memory()
-    write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
     before = dict(out.objects)
     for attempt in (lambda: adopt_plan(out, wanted), lambda: drive(out, wanted)):
         with pytest.raises(OutputConflictError) as caught:
@@ -534,7 +555,7 @@ def test_a_plan_of_another_program_is_refused(data: bytes) -> None:
 
 def test_the_plan_is_named_by_what_it_holds() -> None:
     def name(entries: list[Entry], wanted: dict[str, Any] = SETTINGS, shard_rows: int = SHARD_ROWS) -> str:
-        return write_plan(Memory(), wanted, entries, shard_rows).hash
+        return write_plan(Memory(), wanted, table(entries), shard_rows).hash
 
     changed = [replace(inputs()[0], etag="v0 again"), *inputs()[1:]]
     names = [
@@ -551,15 +572,15 @@ def test_the_plan_is_named_by_what_it_holds() -> None:
 @pytest.mark.parametrize("stranger", ["data/part-000003.parquet", "data/notes.txt", "data/old/part-000000.parquet"])
 def test_a_stranger_among_the_parts_is_named_and_nothing_sealed(stranger: str) -> None:
     out = Memory()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
-    for shard, rows in enumerate(read_inputs(out, plan)):
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    for shard, rows in enumerate(read_shards(out, plan).values()):
         commit_shard(out, plan, shard, rows)
     out.objects[stranger] = b"hello"
     with pytest.raises(OutputConflictError, match=stranger):
-        finish(out, plan, IMAGES)
+        finish(out, plan)
     assert not is_finished(out)
     del out.objects[stranger]
-    finish(out, plan, IMAGES)
+    finish(out, plan)
     out.objects[stranger] = b"hello"
     with pytest.raises(OutputConflictError, match=stranger):
         verify(out)
@@ -578,17 +599,17 @@ def test_what_a_file_manager_leaves_does_no_harm(key: str) -> None:
 
 def test_the_plan_says_whether_the_store_creates_only_once(new_store: Callable[[], Storage]) -> None:
     out = new_store()
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
     assert plan.created_atomically is not (isinstance(out, Memory) and out.weak)
     assert read_plan(out) == plan
 
 
 def test_on_a_weak_store_a_committed_part_is_not_written_again() -> None:
     out = Memory(weak=True)
-    plan = write_plan(out, SETTINGS, inputs(), SHARD_ROWS)
-    assert commit_shard(out, plan, 0, inputs()[:3])
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    assert commit_shard(out, plan, 0, table(inputs()[:3]))
     watched = Watched(out, lambda number, moment: None)
-    assert not commit_shard(watched, plan, 0, inputs()[:3])
+    assert not commit_shard(watched, plan, 0, table(inputs()[:3]))
     assert watched.writes == []
 
 
@@ -672,7 +693,7 @@ DAMAGE: dict[str, tuple[Callable[[Memory], object], str]] = {
         lambda out: edited(out, PLAN, lambda value: value["settings"].update(top_k=1)),
         "part-",
     ),
-    "a plan of fewer shards": (lambda out: edited(out, PLAN, lambda value: value.update(shards=2)), "part-000002"),
+    "a plan of fewer shards": (lambda out: edited(out, PLAN, lambda value: value.update(shards=2)), "another plan"),
     "other inputs": (drop_inputs, "inputs-"),
 }
 
@@ -722,7 +743,7 @@ def test_a_damaged_part_hinders_the_seal() -> None:
     del out.objects[SUCCESS], out.objects[MANIFEST]
     swap(out)
     with pytest.raises(OutputConflictError, match="part-000000"):
-        finish(out, plan, IMAGES)
+        finish(out, plan)
     assert not is_finished(out)
 
 
@@ -730,9 +751,50 @@ def test_a_damaged_part_hinders_the_seal() -> None:
     ("model_id", "etag", "said"), [("model-b", None, "another model"), ("model-a", "x", "versions")]
 )
 def test_rows_of_another_model_or_of_other_versions_are_not_sealed(model_id: str, etag: str | None, said: str) -> None:
-    out, entries = Memory(), inputs()
-    plan = write_plan(out, SETTINGS, entries, len(entries))
-    uris, etags = [f"{IMAGES}/{entry.key}" for entry in entries], [etag or entry.etag for entry in entries]
-    commit(out, plan, 0, uris, etags, predictions(entries, model_id), model_id)
+    out, shard = Memory(), table(inputs())
+    plan = write_plan(out, SETTINGS, shard, shard.num_rows)
+    changed = shard if etag is None else set_column(shard, "etag", [etag] * shard.num_rows)
+    commit(out, plan, part_key(0), shard, score_rows(changed, predictions(inputs(), model_id), model_id))
     with pytest.raises(OutputConflictError, match=said):
-        finish(out, plan, IMAGES)
+        finish(out, plan)
+
+
+# ---- Layout and columns
+
+
+def test_partitioned_by_folder_no_part_holds_photos_of_two(tmp_path: Path) -> None:
+    out = LocalStorage(str(tmp_path))
+    keys = ["apple/1", "apple/2", "apple/3", "apple/4", "a b=%/1", "loose", "../1"]
+    shard_of = table([Entry(key, 101, "v") for key in sorted(keys)])
+    plan = write_plan(out, SETTINGS, shard_of, SHARD_ROWS, partitioned=True)
+    for key, shard in read_shards(out, plan).items():
+        commit(out, plan, key, shard, score_rows(shard, predictions(listed(shard), "model-a"), "model-a"))
+    parts = finish(out, plan)
+    assert verify(out) == parts
+    assert sorted(part.rows for part in parts) == [1, 1, 1, 1, 3]
+    found = pq.read_table(tmp_path / "data", partitioning="hive").to_pylist()
+    folders = {row["uri"].removeprefix(f"{IMAGES}/"): row["folder"] for row in found}
+    assert folders == {key: label_of(key) for key in keys}
+
+
+def test_rows_with_embeddings_say_so_in_their_columns_and_their_origin_in_their_schema() -> None:
+    out, wanted = Memory(), SETTINGS | {"embeddings": True}
+    plan = write_plan(out, wanted, table(inputs()), 7)
+    said = [replace(one, embedding=np.ones(4, np.float32)) for one in predictions(inputs(), "model-a")]
+    [(key, shard)] = read_shards(out, plan).items()
+    commit(out, plan, key, shard, score_rows(shard, said, "model-a", embeddings=True), {"fruitray.engine": "eager"})
+    finish(out, plan)
+    found = pq.read_table(pa.BufferReader(out.read(key)))
+    assert found.schema.names == [*SCHEMA.names, EMBEDDING.name]
+    assert found["embedding"].to_pylist()[1] == [1.0] * 4
+    assert found.schema.metadata[b"fruitray.engine"] == b"eager"
+    assert found.schema.metadata[b"fruitray.plan"] == plan.hash.encode()
+
+
+def test_rows_without_the_wanted_embeddings_are_not_sealed() -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS | {"embeddings": True}, table(inputs()), SHARD_ROWS)
+    for number, shard in enumerate(read_shards(out, plan).values()):
+        commit_shard(out, plan, number, shard)
+    with pytest.raises(OutputConflictError, match="exactly the planned"):
+        finish(out, plan)

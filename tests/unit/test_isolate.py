@@ -20,7 +20,7 @@ import pytest
 from fruitray.errors import ImageError
 from fruitray.facts import look
 from fruitray.images import CODES, MAX_BYTES, decode, image_error
-from fruitray.isolate import RGB, Isolated
+from fruitray.isolate import RGB, Isolated, IsolatedPool
 from tests.unit.photos import JPEG
 
 pytestmark = pytest.mark.timeout(60)
@@ -233,6 +233,22 @@ def test_a_row_of_photos_gets_a_row_of_answers_in_order(isolated: Isolated) -> N
         *("E_CORRUPT", "E_DECODE_CRASH", "E_DECODE_CRASH", 1),
     ]
     assert list(isolated.map([])) == []
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_a_pool_gives_answers_in_order_whatever_happens_to_its_children(children: int) -> None:
+    gone = image_error("E_SRC_GONE")
+    row = [b"", gone, b"abort", b"a", b"refuse", b"abort", *[b"photo"] * 40, b"abort", b"b"]
+    pool = IsolatedPool(ACT, children)
+    found = [item.code if isinstance(item, ImageError) else item for item in pool.map(iter(row), lambda it: it["size"])]
+    crash = "E_DECODE_CRASH"
+    assert found == [0, "E_SRC_GONE", crash, 1, "E_CORRUPT", crash, *[5] * 40, crash, 1]
+    assert list(pool.map([], lambda it: it)) == []
+
+
+def test_a_pool_tells_a_bug_of_ours(patient: Isolated) -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'a bug of ours'"):
+        list(IsolatedPool(ACT, 2).map([b"photo", b"bug"], lambda it: it))
 
 
 def test_large_photos_and_long_answers_in_a_row_do_not_wait_for_each_other(patient: Isolated) -> None:

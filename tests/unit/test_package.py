@@ -91,14 +91,15 @@ def test_a_package_holds_all_there_is_to_know(tmp_path: Path, config: ModelConfi
 
 
 def test_predictions_are_those_of_the_model(package: Path, files: list[bytes]) -> None:
-    model, predictions = network(), predict(package, files, top_k=2)
+    model, predictions = network(), predict(package, files, top_k=2, full_precision=True)
+    model.full_precision = True
     for data, prediction in zip(files, predictions, strict=True):
         square = model.preprocessing.resize(decode(data).pixels)
         with torch.inference_mode():
             shares = model(square[None]).softmax(dim=1)[0]
         order = shares.argsort(descending=True)[:2]
         assert prediction.top_labels == [LABELS[number] for number in order]
-        assert prediction.top_scores == pytest.approx(shares[order].tolist(), abs=0.02)
+        assert prediction.top_scores == pytest.approx(shares[order].tolist(), abs=1e-5)
         assert (prediction.label, prediction.confidence) == (prediction.top_labels[0], prediction.top_scores[0])
         assert (prediction.status, prediction.error_code, prediction.error) == ("ok", None, None)
     assert len({prediction.label for prediction in predictions}) > 1, "a model that says one thing shows nothing"

@@ -1,0 +1,212 @@
+"""Engines: ways to compute one network. All give the same scores within `TOLERANCE`; they differ in speed and in start.
+
+    eager      PyTorch, with batch norm folded into the convolutions before it
+    compile    torch.compile with frozen weights: half a minute to start, then quicker
+    openvino   OpenVINO (extra `openvino`), on CPUs of any maker: seconds to start, and the quickest there
+
+All compute in bfloat16 where the device is fast at it, unless full precision is asked for. Not here: what surrounds a
+network, such as mirrored views and temperatures (`inference.py`).
+"""
+
+import copy
+import importlib.util
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fruitray.backbones import Classifier, fast_in_bfloat16
+from fruitray.errors import UsageError
+
+EngineName = Literal["eager", "compile", "openvino"]
+TOLERANCE = 2e-2
+"""How far a score may be from that of plain PyTorch in float32."""
+COMPILE_PAYS = 20_000
+"""Photos per worker from which compiling takes less time than it saves; see tests/benchmarks/RESULTS.md."""
+CPU_BATCH, GPU_BATCH = 4, 64
+"""Photos per pass. More do not fit a CPU's caches, fewer leave a GPU idle."""
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""(B, C) float32 logits and (B, D) float32 embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """(B, 3, S, S) uint8 on the CPU -> logits and embeddings on the CPU, `batch` photos at a time."""
+
+    name: str
+    """With the precision, for people."""
+    batch: int
+    compute: Callable[[torch.Tensor], Outputs]
+
+    def __call__(self, photos: torch.Tensor) -> Outputs:
+        """What the network says of each photo."""
+        with torch.inference_mode():
+            pieces = [self.compute(photos[start : start + self.batch]) for start in range(0, len(photos), self.batch)]
+        return torch.cat([logits for logits, _ in pieces]), torch.cat([embeddings for _, embeddings in pieces])
+
+
+def pick_engine(photos: int, *, gpu: bool) -> EngineName:
+    """The quickest for so many `photos` per worker, of those that are installed."""
+    if gpu:
+        return "eager"
+    if importlib.util.find_spec("openvino"):
+        return "openvino"
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return "compile" if compiler and photos >= COMPILE_PAYS else "eager"
+
+
+def make_engine(
+    name: EngineName, model: Classifier, device: torch.device, *, full_precision: bool = False, batch: int = 0
+) -> Engine:
+    """`model`, evaluating, made ready on `device`; `batch` photos per pass, 0 for what suits the device.
+
+    One whose scores leave the tolerance, on a few pictures made for that, is replaced by plain PyTorch in float32.
+
+    Raises:
+        UsageError: the engine is not installed, or does not run on this device.
+    """
+    batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    reference = copy.deepcopy(model).to(device).eval()
+    reference.full_precision = True
+    plain = Engine("eager in float32", batch, _on(device, _Outputs(reference)))
+    narrow = fast_in_bfloat16(device) and not full_precision
+    makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
+    compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
+    engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
+    return engine if _agree(engine, plain, model.preprocessing.size) else plain
+
+
+def _agree(engine: Engine, other: Engine, size: int) -> bool:
+    noise = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise, (size, size), mode="bicubic").clamp(0, 1)
+    photos = (255 * smooth).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    ours, theirs = (some(photos)[0].softmax(dim=1) for some in (engine, other))
+    return bool(((ours - theirs).abs() <= TOLERANCE).all())  # what is no number is not
+
+
+class _Outputs(nn.Module):
+    """(B, 3, S, S) uint8 -> logits and embeddings of a classifier."""
+
+    def __init__(self, model: Classifier, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, photos: torch.Tensor) -> Outputs:
+        model = self.model
+        inputs = (photos.float() - model.mean) / model.std
+        embeddings = model.trunk(inputs.to(self.dtype)).float()
+        return model.head(embeddings), embeddings
+
+
+def _on(device: torch.device, module: Callable[[torch.Tensor], Outputs]) -> Callable[[torch.Tensor], Outputs]:
+    def compute(photos: torch.Tensor) -> Outputs:
+        logits, embeddings = module(photos.to(device, non_blocking=True))
+        return logits.cpu(), embeddings.cpu()
+
+    return compute
+
+
+def _eager(model: Classifier, device: torch.device, batch: int, narrow: bool) -> Callable[[torch.Tensor], Outputs]:
+    return _on(device, _folded(model, narrow))
+
+
+def _compiled(model: Classifier, device: torch.device, batch: int, narrow: bool) -> Callable[[torch.Tensor], Outputs]:
+    compiled = torch.compile(_folded(model, narrow), dynamic=False, options={"freezing": True})
+    return _on(device, _padded(compiled, batch))
+
+
+def _openvino(model: Classifier, device: torch.device, batch: int, narrow: bool) -> Callable[[torch.Tensor], Outputs]:
+    if device.type != "cpu":
+        raise UsageError("--engine openvino: computes on CPUs only")
+    try:
+        import openvino
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    except ImportError as error:
+        raise UsageError("--engine openvino: needs `pip install 'fruitray[openvino]'`") from error
+    size = model.preprocessing.size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out; OpenVINO reads torch.export's graphs slower
+        example = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        traced = torch.jit.trace(_Outputs(model), example, check_trace=False)  # type: ignore[no-untyped-call]
+        frontend = FrontEndManager().load_by_framework("pytorch")  # openvino.convert_model would report to its makers
+        decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
+        converted = frontend.convert(frontend.load(decoder))
+    converted.reshape([batch, 3, size, size])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # else the workers of one machine all take the same core
+    }
+    compiled = openvino.compile_model(converted, "CPU", settings)
+
+    def compute(photos: torch.Tensor) -> Outputs:
+        logits, embeddings = compiled(photos.contiguous().numpy()).values()
+        return torch.tensor(logits), torch.tensor(embeddings)
+
+    return _padded(compute, batch)
+
+
+def _padded(compute: Callable[[torch.Tensor], Outputs], batch: int) -> Callable[[torch.Tensor], Outputs]:
+    """For what was compiled for so many photos and no other number."""
+
+    def padded(photos: torch.Tensor) -> Outputs:
+        missing = batch - len(photos)
+        logits, embeddings = compute(F.pad(photos, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else photos)
+        return logits[: len(photos)], embeddings[: len(photos)]
+
+    return padded
+
+
+def _folded(model: Classifier, narrow: bool) -> _Outputs:
+    fold_batch_norm(model.trunk)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model.trunk.to(dtype).to(memory_format=torch.channels_last)
+    return _Outputs(model, dtype)
+
+
+class _Tracer(fx.Tracer):
+    """Sees a convolution or a batch norm as one step, whichever library's it is."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_batch_norm(network: nn.Module) -> int:
+    """Fold each batch norm of an evaluating `network` into the convolution before it, in place; answers how many.
+
+    None in a network that torch.fx cannot trace, as where the way through it depends on the photo.
+    """
+    try:
+        steps = list(_Tracer().trace(network).nodes)
+    except Exception:  # of many types
+        return 0
+    modules = dict(network.named_modules(remove_duplicate=False))
+    called = [step for step in steps if step.op == "call_module"]
+    times = Counter(modules[str(step.target)] for step in called)
+    folded = 0
+    for step in called:
+        source = step.args[0] if step.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        norm, convolution = modules[str(step.target)], modules[str(source.target)]
+        alone = len(source.users) == 1 and times[norm] == times[convolution] == 1
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d) and alone:
+            network.set_submodule(str(source.target), fuse_conv_bn_eval(convolution, norm))
+            network.set_submodule(str(step.target), _what_else(norm))
+            folded += 1
+    return folded
+
+
+def _what_else(norm: nn.BatchNorm2d) -> nn.Module:
+    """What a batch norm does besides: those of timm activate, too."""
+    return nn.Sequential(*(part for name, part in norm.named_children()))

@@ -1,0 +1,151 @@
+"""What is to be scored: folders, prefixes, lists and indexes -> a table with one row per photo, sorted by URI.
+
+A list is a .parquet or .csv file with a column `uri`; an index is one, too. Nothing is opened here but lists.
+"""
+
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from fruitray.errors import AccessDeniedError, NotFoundError, UsageError
+from fruitray.images import is_hidden
+from fruitray.index import FILE, label_of
+from fruitray.storage import Entry, LocalStorage, Storage, open_file, open_storage
+
+INPUTS = pa.schema(
+    [
+        ("root", pa.string()),  # URI of the storage that holds it
+        ("key", pa.string()),  # below the root, verbatim
+        ("size", pa.int64()),  # bytes
+        ("etag", pa.string()),  # of the version that is to be scored; empty: whichever is there
+        ("kind", pa.string()),  # as in `Entry`
+        ("label", pa.string()),  # what is said of it already: by its first folder, or by the list
+    ]
+)
+LISTS = (".parquet", ".csv")
+"""How the name of a list ends."""
+_CHUNK = 10_000
+
+
+def list_inputs(places: Sequence[str]) -> tuple[pa.Table, int]:
+    """All photos at `places` as `INPUTS`, each URI once; and how many hidden files and folder markers were skipped.
+
+    Raises:
+        UsageError: a list has no column `uri`.
+        NotFoundError, AccessDeniedError, EndpointError: a place cannot be listed.
+    """
+    tables, skipped = [], 0
+    for place in places:
+        table, hidden = _listed(place)
+        tables.append(table)
+        skipped += hidden
+    table = pa.concat_tables(tables).combine_chunks()
+    table = table.take(pc.sort_indices(uris(table)))
+    if table.num_rows > 1:
+        names = uris(table)
+        fresh = pc.not_equal(names[1:], names[:-1])
+        table = table.filter(pa.chunked_array([pa.array([True]), *pa.chunked_array(fresh).chunks]))
+    return table, skipped
+
+
+def uris(inputs: pa.Table) -> pa.Array:
+    """Of each input, verbatim."""
+    return pc.binary_join_element_wise(inputs["root"].combine_chunks(), inputs["key"].combine_chunks(), "/")
+
+
+def entries(inputs: pa.Table) -> list[tuple[str, Entry]]:
+    """Each input's root, and what is known of it below that."""
+    rows = inputs.select(["root", "key", "size", "etag", "kind"]).to_pylist()
+    return [(row.pop("root"), Entry(**row)) for row in rows]
+
+
+def _listed(place: str) -> tuple[pa.Table, int]:
+    if place.endswith(LISTS):
+        return _of_list(*open_file(place)), 0
+    storage = open_storage(place)
+    storage.check()
+    if storage.exists(FILE):
+        return _of_list(storage, FILE), 0
+    return _of_folder(storage)
+
+
+def _of_folder(storage: Storage) -> tuple[pa.Table, int]:
+    tables, listed, taken = [INPUTS.empty_table()], 0, 0
+    for chunk in _chunks(storage.list()):
+        kept = [entry for entry in chunk if not is_hidden(entry.key)]
+        tables.append(_table((storage.uri, entry, label_of(entry.key)) for entry in kept))
+        listed, taken = listed + len(chunk), taken + len(kept)
+    return pa.concat_tables(tables), listed - taken
+
+
+def _chunks(found: Iterable[Entry]) -> Iterator[list[Entry]]:
+    rest = iter(found)
+    while chunk := list(itertools.islice(rest, _CHUNK)):
+        yield chunk
+
+
+def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
+    columns = zip(*((root, e.key, e.size, e.etag, e.kind, label) for root, e, label in rows), strict=True)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, INPUTS.types, strict=False)]
+    return pa.table(arrays, schema=INPUTS) if arrays else INPUTS.empty_table()
+
+
+# ---- Lists
+
+
+def _of_list(storage: Storage, key: str) -> pa.Table:
+    table = _read(storage.uri_of(key), storage.read(key))
+    names = table["uri"].to_pylist()
+    places = [_place(name if "://" in name or os.path.isabs(name) else storage.uri_of(name)) for name in names]
+    storages = {root: open_storage(root) for root in {root for root, _ in places}}
+
+    def look(place: tuple[str, str], size: int | None, etag: str | None) -> Entry:
+        root, key = place
+        if size is not None and etag is not None and not isinstance(storages[root], LocalStorage):
+            return Entry(key, size, etag)
+        try:
+            found = storages[root].stat(key)
+        except (NotFoundError, AccessDeniedError):
+            return Entry(key, size or 0, etag or "")  # its row will say
+        return Entry(key, found.size, etag or found.etag, found.kind)
+
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(look, places, table["bytes"].to_pylist(), table["etag"].to_pylist())
+        return _table(zip([root for root, _ in places], found, table["label"].to_pylist(), strict=True))
+
+
+def _read(uri: str, data: bytes) -> pa.Table:
+    """The columns that are known; all but `uri` may be missing, and are null then."""
+    try:
+        table = (pq.read_table if uri.endswith(".parquet") else pyarrow.csv.read_csv)(io.BytesIO(data))
+        if "uri" not in table.column_names:
+            raise UsageError(f"--images {uri}: a list needs a column `uri`; it has {', '.join(table.column_names)}")
+        for name in _COLUMNS.names:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows))
+        table = table.select(_COLUMNS.names).cast(_COLUMNS)
+    except (pa.ArrowException, OSError) as error:  # OSError is Arrow's word for many kinds of damage
+        raise UsageError(f"--images {uri}: is no list: {error}") from error
+    if empty := table["uri"].null_count:
+        raise UsageError(f"--images {uri}: `uri` is empty in {empty} rows")
+    return table
+
+
+_COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """Root and key: a bucket and what is in it, or a folder and a file's name."""
+    scheme, _, rest = uri.partition("://")
+    if scheme == "s3":
+        bucket, _, key = rest.partition("/")
+        return f"s3://{bucket}", key
+    storage, name = open_file(uri)
+    return storage.uri, name

@@ -1,0 +1,118 @@
+"""Behaviour of listing what is to be scored: folders, lists and indexes, each photo once, in a fixed order."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from fruitray.errors import NotFoundError, UsageError
+from fruitray.inputs import INPUTS, entries, list_inputs, uris
+from fruitray.storage import LocalStorage
+from tests.unit.runs import write_photos_and_index
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for key in ("raw/b/2.jpg", "raw/a/1.jpg", "raw/a/.DS_Store", "raw/loose.jpg", "more/c/3.jpg"):
+        path = tmp_path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(key.encode())
+    return tmp_path
+
+
+def write_list(path: Path, **columns: Any) -> str:
+    sink = io.BytesIO()
+    (pq.write_table if path.suffix == ".parquet" else pyarrow.csv.write_csv)(pa.table(columns), sink)
+    path.write_bytes(sink.getvalue())
+    return str(path)
+
+
+def named(*places: str) -> list[str]:
+    return uris(list_inputs(places)[0]).to_pylist()
+
+
+def test_a_folder_is_listed_sorted_with_labels_and_versions(photos: Path) -> None:
+    table, skipped = list_inputs([str(photos / "raw")])
+    assert (table.schema, skipped) == (INPUTS, 1)
+    assert uris(table).to_pylist() == [f"{photos}/raw/{key}" for key in ("a/1.jpg", "b/2.jpg", "loose.jpg")]
+    assert table["label"].to_pylist() == ["a", "b", None]
+    listed = {entry.key: entry for entry in LocalStorage(str(photos / "raw")).list()}
+    assert [entry for _, entry in entries(table)] == [listed[key] for key in table["key"].to_pylist()]
+
+
+def test_places_that_overlap_give_each_photo_once(photos: Path) -> None:
+    assert named(str(photos), str(photos / "raw" / "a"), str(photos / "more")) == named(str(photos))
+    assert len(named(str(photos / "raw"), str(photos / "more"))) == 4
+
+
+def test_an_empty_folder_is_an_empty_table(tmp_path: Path) -> None:
+    table, skipped = list_inputs([str(tmp_path)])
+    assert (table.num_rows, table.schema, skipped) == (0, INPUTS, 0)
+
+
+@pytest.mark.parametrize("name", ["some.parquet", "some.csv"])
+def test_a_list_names_photos_anywhere(photos: Path, name: str) -> None:
+    wanted = [
+        "raw/b/2.jpg",
+        str(photos / "more/c/3.jpg"),
+        f"file://{photos}/raw/a/1.jpg",
+        "raw/b/2.jpg",
+        "raw/gone.jpg",
+    ]
+    table, _ = list_inputs([write_list(photos / name, uri=wanted, label=["x", "y", "z", "x", "w"])])
+    found = dict(zip(uris(table).to_pylist(), table["label"].to_pylist(), strict=True))
+    keys = {"more/c/3.jpg": "y", "raw/a/1.jpg": "z", "raw/b/2.jpg": "x", "raw/gone.jpg": "w"}
+    assert found == {f"{photos}/{key}": label for key, label in keys.items()}
+    sizes = {entry.key: entry.size for _, entry in entries(table)}
+    assert sizes == {"3.jpg": 12, "1.jpg": 11, "2.jpg": 11, "gone.jpg": 0}
+
+
+def test_a_list_does_not_make_a_symlink_a_file(photos: Path) -> None:
+    os.symlink(photos / "raw" / "loose.jpg", photos / "link.jpg")
+    path = write_list(photos / "some.parquet", uri=["link.jpg"], bytes=[13], etag=["x"])
+    assert [entry.kind for _, entry in entries(list_inputs([path])[0])] == ["symlink"]
+
+
+def test_the_version_that_a_list_names_is_the_one_to_score(photos: Path) -> None:
+    path = write_list(photos / "some.parquet", uri=["raw/loose.jpg"], etag=["an-older-one"])
+    assert [entry.etag for _, entry in entries(list_inputs([path])[0])] == ["an-older-one"]
+
+
+def test_an_index_is_a_list_whether_its_folder_or_its_file_is_named(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    table = list_inputs([index])[0]
+    assert table.num_rows == 18
+    assert table == list_inputs([f"{index}/index.parquet"])[0]
+    assert set(table["label"].to_pylist()) == {"cherry", "strawberry", "tomato"}
+    assert uris(table).to_pylist() == uris(list_inputs([str(tmp_path / "photos")])[0]).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"file": ["a.jpg"]}, "column `uri`; it has file"),
+        ({"uri": ["a.jpg", None]}, "`uri` is empty in 1 rows"),
+        ({"uri": [[1]]}, "is no list"),
+    ],
+)
+def test_a_list_that_is_none_is_refused_in_a_sentence(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        list_inputs([write_list(tmp_path / "bad.parquet", **columns)])
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.csv"])
+def test_a_damaged_list_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\x00PAR1")
+    with pytest.raises(UsageError, match=name):
+        list_inputs([str(tmp_path / name)])
+
+
+def test_a_place_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for place in ("nowhere", "nowhere.csv"):
+        with pytest.raises(NotFoundError, match=place):
+            list_inputs([str(tmp_path / place)])
