@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import boto3
@@ -36,6 +37,7 @@ from fruitray.errors import (
     StorageError,
     TryAgainError,
 )
+from fruitray.s3reads import QuickReader
 from fruitray.storage import Entry, Storage
 
 READ_ATTEMPTS = 5
@@ -74,7 +76,13 @@ class S3Storage(Storage):
             answer = self._client.head_object(Bucket=self._bucket, Key=self._root + key)
         return Entry(key, answer["ContentLength"], answer["ETag"].strip('"'))
 
+    @cached_property
+    def _quick(self) -> QuickReader:
+        return QuickReader(self._client, self._bucket, self._root)
+
     def read(self, key: str, etag: str = "") -> bytes:
+        if (found := self._quick.read(key, etag)) is not None:
+            return found
         condition = {"IfMatch": f'"{etag}"'} if etag else {}
         with _errors(self.uri_of(key)):
             for attempt in range(1, READ_ATTEMPTS + 1):
