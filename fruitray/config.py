@@ -413,6 +413,11 @@ class ScoreConfig:
     """Exit 4 when a larger share of the photos is bad; every row is written all the same."""
     cost_per_hour: float | None = None
     """What the cluster costs, in any currency: the summary then says what 1,000 photos cost."""
+    previous: str | None = None
+    """An earlier output of the same model: rows of photos that have not changed since are taken from there, as of a
+    folder that has grown."""
+    retry_errors: bool = False
+    """With --previous: score again what was an error there."""
     dry_run: bool = False
     """Score some photos, say how long all would take, and write nothing."""
 
@@ -425,6 +430,8 @@ class ScoreConfig:
         require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")
         cost = self.cost_per_hour
         require(cost is None or cost >= 0, "cost_per_hour", cost, "must not be negative")
+        retry = self.retry_errors
+        require(not retry or self.previous is not None, "retry_errors", retry, "needs --previous, the output with them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +28,8 @@ INPUTS = pa.schema(
         ("etag", pa.string()),  # of the version that is to be scored; empty: whichever is there
         ("kind", pa.string()),  # as in `Entry`
         ("label", pa.string()),  # what is said of it already: by its first folder, or by the list
+        ("known_part", pa.string()),  # where an earlier output has its row, if that is to be taken over
+        ("known_row", pa.int32()),
     ]
 )
 LISTS = (".parquet", ".csv")
@@ -92,9 +95,8 @@ def _chunks(found: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
-    columns = zip(*((root, e.key, e.size, e.etag, e.kind, label) for root, e, label in rows), strict=True)
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, INPUTS.types, strict=False)]
-    return pa.table(arrays, schema=INPUTS) if arrays else INPUTS.empty_table()
+    named = [{"root": root, **asdict(entry), "label": label} for root, entry, label in rows]
+    return pa.Table.from_pylist(named, INPUTS)
 
 
 # ---- Lists

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,21 @@ def ray_node(folder: Path, cluster: Cluster, cpus: int = 2) -> Iterator[psutil.P
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)
         yield there[0]
+
+
+class Nodes:
+    """A head without CPUs, and a node that works, and can be replaced."""
+
+    def __init__(self, cluster: Cluster, stack: ExitStack, folder: Path) -> None:
+        self.cluster, self._stack, self._folder = cluster, stack, folder
+        self.raylet = self.add()
+
+    def add(self) -> psutil.Process:
+        return self._stack.enter_context(ray_node(self._folder, self.cluster))
+
+    def replace(self) -> None:
+        self.raylet.kill()
+        self.raylet = self.add()
 
 
 @contextmanager

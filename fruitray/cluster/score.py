@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -35,15 +36,27 @@ from fruitray.console import progress, say, show_table
 from fruitray.engines import pick_engine
 from fruitray.errors import ImageError, NoInputError, OutputConflictError, TooManyBadImagesError
 from fruitray.images import fetch
-from fruitray.inputs import INPUTS, entries, list_inputs
+from fruitray.inputs import INPUTS, entries, list_inputs, uris
 from fruitray.isolate import RGB, IsolatedPool
 from fruitray.metrics import summary
 from fruitray.package import Package, load_package, versions
 from fruitray.predictor import Predictor, Square
+from fruitray.reuse import Earlier
 from fruitray.scores import score_rows
 from fruitray.storage import Storage, open_storage
 
 METRICS = "metrics.json"
+DECIDING = (
+    "top_k",
+    "embeddings",
+    "partition_by",
+    "shard_rows",
+    "batch_size",
+    "full_precision",
+    "previous",
+    "retry_errors",
+)
+"""Options that decide what stands in the output."""
 BURST = 64
 """Photos that a worker without a GPU decodes before it computes."""
 PROBED = 64
@@ -101,9 +114,8 @@ def _open_output(config: ScoreConfig) -> Storage:
 
 def _settings(config: ScoreConfig, package: Package) -> dict[str, Any]:
     """All that decides a row, but for the engine."""
-    names = ("top_k", "embeddings", "partition_by", "shard_rows", "batch_size", "full_precision")
     known = {"images": list(config.images), "model_id": package.model_id, "classes": list(package.classes)}
-    return known | {name: getattr(config, name) for name in names}
+    return known | {name: getattr(config, name) for name in DECIDING}
 
 
 def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
@@ -115,6 +127,12 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
             return plan
     inputs, skipped = _inputs(config)
     settings["engine"] = _engine(config, inputs.num_rows)
+    if config.previous:
+        earlier = Earlier(config.previous)
+        earlier.require(settings)
+        inputs = earlier.mark(inputs, retry_errors=config.retry_errors)
+        known = inputs.num_rows - inputs["known_part"].null_count
+        say(f"score: {known:,} of {inputs.num_rows:,} rows are taken from {config.previous}")
     plan = write_plan(out, settings, inputs, config.shard_rows, partitioned=config.partition_by == "folder")
     out.create("score.json", to_json(config))
     say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {skipped}")
@@ -182,6 +200,7 @@ class _Scorer:
         )
         self._decoders = IsolatedPool(RGB, cpus)
         self._storages: dict[str, Storage] = {}
+        self._earlier: Earlier | None = None
         if config.dry_run:
             return
         self._out = open_storage(config.out)
@@ -193,14 +212,16 @@ class _Scorer:
         [shard] = task.to_pylist()
         start, computed = time.perf_counter(), self._predictor.seconds
         inputs = pa.Table.from_pylist(shard["inputs"], INPUTS)
-        predictions = self._predictor.predict_squares(self._squares(inputs))
+        fresh = inputs.filter(pc.is_null(inputs["known_part"]))
+        predictions = self._predictor.predict_squares(self._squares(fresh))
         predicted = time.perf_counter()
         if not self._config.dry_run:
-            rows = score_rows(inputs, predictions, self._package.model_id, embeddings=self._config.embeddings)
+            rows = score_rows(fresh, predictions, self._package.model_id, embeddings=self._config.embeddings)
+            rows = self._with_known(inputs, rows)
             commit(self._out, self._plan, shard["part"], inputs, rows, _lineage(self._package, self._predictor))
         network = self._predictor.seconds - computed
         answer = {
-            "rows": len(predictions),
+            "rows": inputs.num_rows,
             "errors": sum(prediction.status == "error" for prediction in predictions),
             "engine": self._predictor.engine.name,
             "photos": predicted - start - network,
@@ -208,6 +229,16 @@ class _Scorer:
             "commit": time.perf_counter() - predicted,
         }
         return pa.Table.from_pylist([answer])
+
+    def _with_known(self, inputs: pa.Table, rows: pa.Table) -> pa.Table:
+        """`rows`, and those that an earlier output has, in the order of `inputs`."""
+        known = inputs.filter(pc.is_valid(inputs["known_part"]))
+        if not known.num_rows:
+            return rows
+        if self._earlier is None:
+            self._earlier = Earlier(str(self._config.previous))
+        together = pa.concat_tables([rows, self._earlier.rows(known).cast(rows.schema)])
+        return together.take(pc.index_in(uris(inputs), together["uri"]))
 
     def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
         """Fetched, and decoded in processes of their own."""

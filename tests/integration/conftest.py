@@ -1,5 +1,9 @@
 """What several integration tests need beside a cluster and a storage."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -8,11 +12,14 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from fruitray.backbones import build
+from fruitray.config import ModelConfig
 from fruitray.index import Index, read_index, write_index
+from fruitray.package import save_package
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
-from tests.cluster import Cluster
+from tests.cluster import Cluster, Nodes, ray_head
 from tests.conftest import new_bucket
 
 
@@ -53,3 +60,42 @@ def _write(uri: str, photos: dict[str, bytes]) -> None:
     storage = open_storage(uri)
     for key, data in photos.items():
         storage.write(key, data)
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: S3Server) -> Iterator[Nodes]:
+    folder = Path(tempfile.mkdtemp(prefix="fr-"))
+    try:
+        with ExitStack() as stack:
+            cluster = stack.enter_context(ray_head(folder, s3.environment, cpus=0))
+            yield Nodes(cluster, stack, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+SCORED = 240
+"""Photos that `scorable` has."""
+
+
+@pytest.fixture
+def scorable(aws: str) -> str:
+    """A prefix with a package of an untrained network below model/ and photos below raw/."""
+    fill_scorable(f"s3://{aws}")
+    return f"s3://{aws}"
+
+
+def fill_scorable(root: str) -> None:
+    """Write a package, and `SCORED` photos of three classes, some of them corrupt."""
+    save_untrained(f"{root}/model")
+    raw, photos = open_storage(f"{root}/raw"), list(photo_set(20).items())
+    for number in range(SCORED):
+        key, data = photos[number % len(photos)]
+        folder, _, name = key.rpartition("/")
+        raw.write(f"{folder}/{number:03d} {name}", data)
+
+
+def save_untrained(uri: str) -> None:
+    """A package of a network that nobody has trained."""
+    config = ModelConfig(backbone="mobilenet_v2", weights="none", image_size=96)
+    model, _ = build(config, classes=3)
+    save_package(open_storage(uri), model.eval(), config, ("cherry", "strawberry", "tomato"), {})

@@ -5,14 +5,9 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,38 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from fruitray.package import load_package
-from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
-from tests.cluster import Cluster, ray_head, ray_node
+from tests.cluster import Nodes
 
 NETWORK = ("--backbone", "cnn_bn", "--image-size", "64", "--augment", "mirror+jitter", "--ema", "0.9")
 OFTEN = ("--patience", "99", "--batch-size", "2", "--checkpoint-minutes", "0")
-
-
-class Nodes:
-    """A head without CPUs, and a node that works, and can be replaced."""
-
-    def __init__(self, cluster: Cluster, stack: ExitStack, folder: Path) -> None:
-        self.cluster, self._stack, self._folder = cluster, stack, folder
-        self.raylet = self.add()
-
-    def add(self) -> Any:
-        return self._stack.enter_context(ray_node(self._folder, self.cluster))
-
-    def replace(self) -> None:
-        self.raylet.kill()
-        self.raylet = self.add()
-
-
-@pytest.fixture(scope="module")
-def nodes(s3: S3Server) -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(prefix="fr-"))
-    try:
-        with ExitStack() as stack:
-            cluster = stack.enter_context(ray_head(folder, s3.environment, cpus=0))
-            yield Nodes(cluster, stack, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(place: str, out: str, epochs: int) -> tuple[str, ...]:

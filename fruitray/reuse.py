@@ -1,0 +1,71 @@
+"""Rows of an earlier output that need no computing again: same photo, same version, same model."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fruitray.commit import read_plan
+from fruitray.errors import UsageError
+from fruitray.inputs import INPUTS, uris
+from fruitray.storage import open_storage
+
+ALIKE = ("model_id", "top_k", "embeddings", "full_precision")
+"""Settings without which rows of two outputs do not belong into one table."""
+_HELD = 4
+
+
+class Earlier:
+    """The output at `uri`, finished or not: what is committed there stays as it is."""
+
+    def __init__(self, uri: str) -> None:
+        self._storage = open_storage(uri)
+        self._held: OrderedDict[str, pa.Table] = OrderedDict()
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Raise `UsageError` if its rows do not belong beside those of a plan with `settings`."""
+        standing = read_plan(self._storage).settings
+        for name in ALIKE:
+            if standing.get(name) != settings.get(name):
+                reason = f"was scored with {name} {standing.get(name)!r}, not {settings.get(name)!r}"
+                raise UsageError(f"--previous {self._storage.uri}: {reason}")
+
+    def mark(self, inputs: pa.Table, *, retry_errors: bool) -> pa.Table:
+        """`inputs` (`INPUTS`), with part and row of those that have one here; with `retry_errors` not of errors."""
+        keys = sorted(entry.key for entry in self._storage.list("data/") if entry.key.endswith(".parquet"))
+        with ThreadPoolExecutor(8) as pool:
+            known = pa.concat_tables([_KNOWN.empty_table(), *pool.map(self._versions, keys)])
+        if retry_errors:
+            known = known.filter(pc.equal(known["status"], "ok"))
+        versions = pc.binary_join_element_wise(uris(inputs), inputs["etag"].combine_chunks(), "\n")
+        place = pc.index_in(versions, known["version"])
+        for name in ("known_part", "known_row"):
+            inputs = inputs.set_column(INPUTS.get_field_index(name), INPUTS.field(name), known[name].take(place))
+        return inputs
+
+    def rows(self, inputs: pa.Table) -> pa.Table:
+        """The rows of inputs that are all marked, in their order."""
+        places = zip(inputs["known_part"].to_pylist(), inputs["known_row"].to_pylist(), strict=True)
+        return pa.concat_tables([self._part(key).slice(row, 1) for key, row in places])
+
+    def _versions(self, key: str) -> pa.Table:
+        table = pq.read_table(pa.BufferReader(self._storage.read(key)), columns=["uri", "etag", "status"])
+        versions = pc.binary_join_element_wise(table["uri"], table["etag"], "\n")
+        columns = [versions, table["status"], [key] * table.num_rows, range(table.num_rows)]
+        return pa.table(columns, schema=_KNOWN)
+
+    def _part(self, key: str) -> pa.Table:
+        if key not in self._held:
+            self._held[key] = pq.read_table(pa.BufferReader(self._storage.read(key))).replace_schema_metadata(None)
+            if len(self._held) > _HELD:
+                self._held.popitem(last=False)
+        return self._held[key]
+
+
+_KNOWN = pa.schema(
+    [("version", pa.string()), ("status", pa.string()), ("known_part", pa.string()), ("known_row", pa.int32())]
+)
