@@ -27,6 +27,7 @@ unit integration e2e: install
 
 chaos: install
 	$(RUN) pytest tests/integration/test_train_faults.py --rounds 3
+	$(RUN) pytest tests/integration/test_score_faults.py --rounds 30
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
@@ -35,6 +36,7 @@ bench: install
 	$(RUN) tests.benchmarks.train
 	$(RUN) tests.benchmarks.search cache
 	$(RUN) tests.benchmarks.search tune
+	$(RUN) tests.benchmarks.score
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

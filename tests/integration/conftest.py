@@ -77,11 +77,28 @@ SCORED = 240
 """Photos that `scorable` has."""
 
 
+@pytest.fixture(scope="session")
+def calm(s3: S3Server, cluster: Cluster) -> str:
+    """A prefix with a package of an untrained network below model/, photos below raw/, and below calm/ what `score`
+    makes of them when nothing disturbs it."""
+    with pytest.MonkeyPatch.context() as environment:
+        root = f"s3://{new_bucket(s3, environment)}"
+        fill_scorable(root)
+        code, printed = cluster.run("score", *score_arguments(root, "calm"))
+        assert code == 0, printed
+        return root
+
+
 @pytest.fixture
-def scorable(aws: str) -> str:
-    """A prefix with a package of an untrained network below model/ and photos below raw/."""
-    fill_scorable(f"s3://{aws}")
-    return f"s3://{aws}"
+def scorable(aws: str, calm: str) -> str:
+    """The prefix of `calm`; outputs of this test need names of their own. `aws` leads there."""
+    return calm
+
+
+def score_arguments(root: str, out: str) -> list[str]:
+    """Of a run with small shards on two workers."""
+    places = ["--package", f"{root}/model", "--images", f"{root}/raw", "--out", f"{root}/{out}"]
+    return [*places, "--shard-rows", "2", "--workers", "2", "--engine", "eager"]
 
 
 def fill_scorable(root: str) -> None:

@@ -14,25 +14,14 @@ import pytest
 from fruitray.commit import SUCCESS, verify
 from fruitray.storage import Storage, open_storage
 from tests.cluster import Cluster, Nodes
-from tests.integration.conftest import SCORED
+from tests.integration.conftest import SCORED, score_arguments
 
 KILLS = ["worker"] * 5 + ["decoder"] * 2 + ["driver"] * 2 + ["node"]
 """Of one round."""
 
 
-def _arguments(root: str, out: str) -> list[str]:
-    places = ["--package", f"{root}/model", "--images", f"{root}/raw", "--out", f"{root}/{out}"]
-    return ["score", *places, "--shard-rows", "2", "--workers", "2", "--engine", "eager"]
-
-
 def _hashes(uri: str) -> dict[str, str]:
     return {part.key: part.sha256 for part in verify(open_storage(uri))}
-
-
-def _calm(cluster: Cluster, root: str) -> dict[str, str]:
-    code, printed = cluster.run(*_arguments(root, "calm"))
-    assert code == 0, printed
-    return _hashes(f"{root}/calm")
 
 
 def _committed(out: Storage) -> int:
@@ -65,14 +54,14 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
     nodes: Nodes, scorable: str, request: pytest.FixtureRequest
 ) -> None:
     rounds = request.config.getoption("--rounds")
-    calm, choice = _calm(nodes.cluster, scorable), random.Random(rounds)
+    calm, choice = _hashes(f"{scorable}/calm"), random.Random(rounds)
     kills = KILLS * rounds
     choice.shuffle(kills)
     outputs = 0
     while kills:  # as many outputs as it takes to kill so often
         outputs += 1
         name = f"disturbed-{outputs}"
-        out, arguments = open_storage(f"{scorable}/{name}"), _arguments(scorable, name)
+        out, arguments = open_storage(f"{scorable}/{name}"), ["score", *score_arguments(scorable, name)]
         job = nodes.cluster.start(*arguments)
         while kills and _wait_for_more(out, job):
             what = kills.pop()
@@ -88,21 +77,21 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
 
 
 def test_two_drivers_at_once_make_one_output(cluster: Cluster, scorable: str) -> None:
-    calm = _calm(cluster, scorable)
-    jobs = [cluster.start(*_arguments(scorable, "both")) for _ in range(2)]
+    arguments = [*score_arguments(scorable, "both"), "--workers", "1"]
+    jobs = [cluster.start("score", *arguments) for _ in range(2)]
     for job in jobs:
         printed, _ = job.communicate(timeout=300)
         assert job.returncode == 0, printed
-    assert _hashes(f"{scorable}/both") == calm
+    assert _hashes(f"{scorable}/both") == _hashes(f"{scorable}/calm")
 
 
 def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorable: str) -> None:
     out = open_storage(f"{scorable}/stopped")
-    job = cluster.start(*_arguments(scorable, "stopped"))
+    job = cluster.start("score", *score_arguments(scorable, "stopped"))
     assert _wait_for_more(out, job)
     os.killpg(job.pid, signal.SIGINT)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 130, printed
-    code, printed = cluster.run(*_arguments(scorable, "stopped"))
+    code, printed = cluster.run("score", *score_arguments(scorable, "stopped"))
     assert (code, "were committed before" in printed) == (0, True), printed
     assert len(verify(out)) == SCORED // 2
