@@ -1,8 +1,8 @@
 """Engines: ways to compute one network. All give the same scores within `TOLERANCE`; they differ in speed and in start.
 
     eager      PyTorch, with batch norm folded into the convolutions before it
-    compile    torch.compile with frozen weights: half a minute to start, then quicker
-    openvino   OpenVINO (extra `openvino`), on CPUs of any maker: seconds to start, and the quickest there
+    compile    torch.compile with frozen weights: slow to start
+    openvino   OpenVINO (extra `openvino`), on CPUs of any maker
 
 All compute in bfloat16 where the device is fast at it, unless full precision is asked for. Not here: what surrounds a
 network, such as mirrored views and temperatures (`inference.py`).
@@ -28,7 +28,7 @@ from fruitray.errors import UsageError
 EngineName = Literal["eager", "compile", "openvino"]
 TOLERANCE = 2e-2
 """How far a score may be from that of plain PyTorch in float32."""
-COMPILE_PAYS = 20_000
+COMPILE_PAYS = 50_000
 """Photos per worker from which compiling takes less time than it saves; see tests/benchmarks/RESULTS.md."""
 CPU_BATCH, GPU_BATCH = 4, 64
 """Photos per pass. More do not fit a CPU's caches, fewer leave a GPU idle."""

@@ -1,4 +1,4 @@
-"""Quick reads from a bucket: obstore takes a fifth of the CPU time that boto3 takes for a small object.
+"""Quick reads from a bucket: obstore takes a fraction of the CPU time that boto3 takes for a small object.
 
 It only ever answers whole objects. Whatever else comes, boto3 asks again and finds the words (`s3.py`).
 """

@@ -195,6 +195,12 @@ def worker_count(asked: int, *, gpu: bool) -> int:
     return asked or there
 
 
+def cpus_per_gpu() -> int:
+    """The CPUs that a worker with a GPU may take, on whichever node it runs."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes), default=1))
+
+
 def require_resources(cpus: float, gpus: float) -> None:
     """Raise `UsageError` if no node could ever hold a trial; it would wait without a word."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

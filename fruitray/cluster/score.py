@@ -1,28 +1,22 @@
-"""score: plan, predict shard by shard on the cluster, commit each shard once, seal the output."""
+"""score: plan, have workers score and commit each shard once, seal the output."""
 
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby, islice
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import ray.data
 import torch
 
-from fruitray.cluster.runtime import connect, open_output, stream, worker_count
+from fruitray.cluster.runtime import connect, open_output, worker_count
+from fruitray.cluster.scorer import STAGES, Work, score_shards
 from fruitray.commit import (
     PLAN,
     Part,
     Plan,
     adopt_plan,
-    commit,
     committed,
     finish,
     is_finished,
@@ -32,17 +26,13 @@ from fruitray.commit import (
     write_plan,
 )
 from fruitray.config import ScoreConfig, to_json
-from fruitray.console import progress, say, show_table
+from fruitray.console import say, show_table
 from fruitray.engines import pick_engine
-from fruitray.errors import ImageError, NoInputError, OutputConflictError, TooManyBadImagesError
-from fruitray.images import fetch
-from fruitray.inputs import INPUTS, entries, list_inputs, uris
-from fruitray.isolate import RGB, IsolatedPool
+from fruitray.errors import NoInputError, TooManyBadImagesError
+from fruitray.inputs import list_inputs
 from fruitray.metrics import summary
-from fruitray.package import Package, load_package, versions
-from fruitray.predictor import Predictor, Square
+from fruitray.package import Package, load_package
 from fruitray.reuse import Earlier
-from fruitray.scores import score_rows
 from fruitray.storage import Storage, open_storage
 
 METRICS = "metrics.json"
@@ -57,32 +47,8 @@ DECIDING = (
     "retry_errors",
 )
 """Options that decide what stands in the output."""
-BURST = 64
-"""Photos that a worker without a GPU decodes before it computes."""
 PROBED = 64
 """Photos that a dry run scores, per worker."""
-
-
-@dataclass(slots=True)
-class Work:
-    """What workers have done so far."""
-
-    rows: int = 0
-    errors: int = 0
-    engine: str = ""
-    seconds: Counter[str] = field(default_factory=Counter)
-    """Of all workers together, by stage."""
-
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Count a worker's answer in."""
-        self.rows += result["rows"]
-        self.errors += result["errors"]
-        self.engine = result["engine"]
-        self.seconds.update({stage: result[stage] for stage in STAGES})
-
-
-STAGES = ("photos", "network", "commit")
-"""What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
 
 
 def run(config: ScoreConfig) -> str:
@@ -100,7 +66,7 @@ def run(config: ScoreConfig) -> str:
     left = {key: inputs for key, inputs in shards.items() if key not in done}
     if done:
         say(f"score: {len(done)} of {plan.shards} shards were committed before")
-    work = _score(config, left, plan.settings["engine"]) if left else Work()
+    work = score_shards(config, left, plan.settings["engine"]) if left else Work()
     parts = finish(out, plan)
     return _summary(config, out, plan, parts, _speed(config, work, time.perf_counter() - start))
 
@@ -157,122 +123,6 @@ def _engine(config: ScoreConfig, photos: int) -> str:
     return pick_engine(photos // (config.workers or os.cpu_count() or 1), gpu=config.gpu)
 
 
-def _score(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: str) -> Work:
-    """Have workers score `shards`, and commit them unless it is a dry run."""
-    connect()
-    workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers) if config.gpu else 1
-    work = Work()
-    tables = [pa.table({"part": [key], "inputs": [inputs.to_pylist()]}) for key, inputs in shards.items()]
-    with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
-        for result in stream(
-            tables,
-            _Scorer,
-            fn_constructor_args=(config, engine, cpus),
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=cpus,
-            num_gpus=1 if config.gpu else 0,
-        ):
-            for answer in result.to_pylist():
-                if not work.rows:
-                    say(f"score: {workers} workers, {answer['engine']}")
-                work.add(answer)
-                advance(answer["rows"], f"{work.errors:,} errors" if work.errors else "")
-    if work.errors:
-        say(f"score: {work.errors} photos could not be read; their rows say why")
-    return work
-
-
-class _Scorer:
-    """One worker: a shard in, its rows committed, their counts out."""
-
-    def __init__(self, config: ScoreConfig, engine: Any, cpus: int) -> None:
-        torch.set_num_threads(1)
-        self._config, self._package = config, load_package(config.package)
-        self._predictor = Predictor(
-            self._package,
-            top_k=config.top_k,
-            batch_size=config.batch_size,
-            gpu=config.gpu,
-            engine=engine,
-            full_precision=config.full_precision,
-            embeddings=config.embeddings,
-        )
-        self._decoders = IsolatedPool(RGB, cpus)
-        self._storages: dict[str, Storage] = {}
-        self._earlier: Earlier | None = None
-        if config.dry_run:
-            return
-        self._out = open_storage(config.out)
-        self._plan = read_plan(self._out)
-        if self._package.model_id != self._plan.settings["model_id"]:
-            raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
-
-    def __call__(self, task: pa.Table) -> pa.Table:
-        [shard] = task.to_pylist()
-        start, computed = time.perf_counter(), self._predictor.seconds
-        inputs = pa.Table.from_pylist(shard["inputs"], INPUTS)
-        fresh = inputs.filter(pc.is_null(inputs["known_part"]))
-        predictions = self._predictor.predict_squares(self._squares(fresh))
-        predicted = time.perf_counter()
-        if not self._config.dry_run:
-            rows = score_rows(fresh, predictions, self._package.model_id, embeddings=self._config.embeddings)
-            rows = self._with_known(inputs, rows)
-            commit(self._out, self._plan, shard["part"], inputs, rows, _lineage(self._package, self._predictor))
-        network = self._predictor.seconds - computed
-        answer = {
-            "rows": inputs.num_rows,
-            "errors": sum(prediction.status == "error" for prediction in predictions),
-            "engine": self._predictor.engine.name,
-            "photos": predicted - start - network,
-            "network": network,
-            "commit": time.perf_counter() - predicted,
-        }
-        return pa.Table.from_pylist([answer])
-
-    def _with_known(self, inputs: pa.Table, rows: pa.Table) -> pa.Table:
-        """`rows`, and those that an earlier output has, in the order of `inputs`."""
-        known = inputs.filter(pc.is_valid(inputs["known_part"]))
-        if not known.num_rows:
-            return rows
-        if self._earlier is None:
-            self._earlier = Earlier(str(self._config.previous))
-        together = pa.concat_tables([rows, self._earlier.rows(known).cast(rows.schema)])
-        return together.take(pc.index_in(uris(inputs), together["uri"]))
-
-    def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
-        """Fetched, and decoded in processes of their own."""
-        for root, rows in groupby(entries(inputs), itemgetter(0)):
-            if root not in self._storages:
-                self._storages[root] = open_storage(root)
-            contents = iter(fetch(self._storages[root], [entry for _, entry in rows]))
-            if self._config.gpu:
-                yield from self._decode(contents)
-            else:  # one core does it all, and is slower when it goes to and fro
-                while burst := list(self._decode(islice(contents, BURST))):
-                    yield from burst
-
-    def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
-        return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))
-
-
-def _pixels(found: Mapping[str, Any]) -> Any:
-    return found["pixels"].transpose(2, 0, 1)
-
-
-def _lineage(package: Package, predictor: Predictor) -> dict[str, str]:
-    """What a part says of its origin, besides the plan."""
-    said = {
-        "model_id": package.model_id,
-        "package": package.uri,
-        "classes": json.dumps(package.classes),
-        "preprocessing": json.dumps(package.description["preprocessing"]),
-        "engine": predictor.engine.name,
-        "versions": json.dumps(versions()),
-    }
-    return {f"fruitray.{name}": value for name, value in said.items()}
-
-
 # ---- What a person is told
 
 
@@ -287,7 +137,7 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
     each = -(-probe.num_rows // workers)
     shards = {str(number): probe.slice(number * each, each) for number in range(workers)}
     start = time.perf_counter()
-    work = _score(config, {key: rows for key, rows in shards.items() if rows.num_rows}, engine)
+    work = score_shards(config, {key: rows for key, rows in shards.items() if rows.num_rows}, engine)
     busy = sum(work.seconds.values()) / workers
     started = time.perf_counter() - start - busy
     seconds = started + busy * photos / work.rows

@@ -41,16 +41,17 @@ def fruitray(place: str, package: str, engine: str) -> dict[str, float]:
     import ray
 
     from fruitray.cluster import score
+    from fruitray.cluster.scorer import Work, score_shards
 
     start_ray()
-    seen = score.Work()
+    seen = Work()
 
     def remember(*given: Any) -> Any:
         nonlocal seen
         seen = score_shards(*given)
         return seen
 
-    score_shards, score._score = score._score, remember
+    score.score_shards = remember
     start = time.perf_counter()
     out = f"{place}-scores-{Path(package).name}-{engine}-{time.time_ns()}"
     score.run(ScoreConfig(package=package, images=(place,), out=out, engine=engine, workers=PROCESSES))  # type: ignore

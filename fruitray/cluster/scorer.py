@@ -1,0 +1,166 @@
+"""The workers of score: a shard in, its rows committed, their counts out."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+import torch
+
+from fruitray.cluster.runtime import connect, cpus_per_gpu, stream, worker_count
+from fruitray.commit import commit, read_plan
+from fruitray.config import ScoreConfig
+from fruitray.console import progress, say
+from fruitray.errors import ImageError, OutputConflictError
+from fruitray.images import fetch
+from fruitray.inputs import INPUTS, entries, uris
+from fruitray.isolate import RGB, IsolatedPool
+from fruitray.package import Package, load_package, versions
+from fruitray.predictor import Predictor, Square
+from fruitray.reuse import Earlier
+from fruitray.scores import score_rows
+from fruitray.storage import Storage, open_storage
+
+BURST = 64
+"""Photos that a worker without a GPU decodes before it computes."""
+STAGES = ("photos", "network", "commit")
+"""What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What workers have done so far."""
+
+    rows: int = 0
+    errors: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Of all workers together, by stage."""
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Count a worker's answer in."""
+        self.rows += result["rows"]
+        self.errors += result["errors"]
+        self.seconds.update({stage: result[stage] for stage in STAGES})
+
+
+def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: str) -> Work:
+    """Have workers score `shards`, and commit them unless it is a dry run."""
+    connect()
+    workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
+    cpus = cpus_per_gpu() if config.gpu else 1
+    work = Work()
+    tables = [pa.table({"part": [key], "inputs": [inputs.to_pylist()]}) for key, inputs in shards.items()]
+    with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
+        for result in stream(
+            tables,
+            _Scorer,
+            fn_constructor_args=(config, engine, cpus),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cpus,
+            num_gpus=1 if config.gpu else 0,
+        ):
+            for answer in result.to_pylist():
+                if not work.rows:
+                    say(f"score: {workers} workers, {answer['engine']}")
+                work.add(answer)
+                advance(answer["rows"], f"{work.errors:,} errors" if work.errors else "")
+    if work.errors:
+        say(f"score: {work.errors} photos could not be read; their rows say why")
+    return work
+
+
+class _Scorer:
+    """One worker: a shard in, its rows committed, their counts out."""
+
+    def __init__(self, config: ScoreConfig, engine: Any, cpus: int) -> None:
+        torch.set_num_threads(1)
+        self._config, self._package = config, load_package(config.package)
+        self._predictor = Predictor(
+            self._package,
+            top_k=config.top_k,
+            batch_size=config.batch_size,
+            gpu=config.gpu,
+            engine=engine,
+            full_precision=config.full_precision,
+            embeddings=config.embeddings,
+        )
+        self._decoders = IsolatedPool(RGB, cpus)
+        self._storages: dict[str, Storage] = {}
+        self._earlier: Earlier | None = None
+        if config.dry_run:
+            return
+        self._out = open_storage(config.out)
+        self._plan = read_plan(self._out)
+        if self._package.model_id != self._plan.settings["model_id"]:
+            raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
+
+    def __call__(self, task: pa.Table) -> pa.Table:
+        [shard] = task.to_pylist()
+        start, computed = time.perf_counter(), self._predictor.seconds
+        inputs = pa.Table.from_pylist(shard["inputs"], INPUTS)
+        fresh = inputs.filter(pc.is_null(inputs["known_part"]))
+        predictions = self._predictor.predict_squares(self._squares(fresh))
+        predicted = time.perf_counter()
+        if not self._config.dry_run:
+            rows = score_rows(fresh, predictions, self._package.model_id, embeddings=self._config.embeddings)
+            rows = self._with_known(inputs, rows)
+            commit(self._out, self._plan, shard["part"], inputs, rows, _lineage(self._package, self._predictor))
+        network = self._predictor.seconds - computed
+        answer = {
+            "rows": inputs.num_rows,
+            "errors": sum(prediction.status == "error" for prediction in predictions),
+            "engine": self._predictor.engine.name,
+            "photos": predicted - start - network,
+            "network": network,
+            "commit": time.perf_counter() - predicted,
+        }
+        return pa.Table.from_pylist([answer])
+
+    def _with_known(self, inputs: pa.Table, rows: pa.Table) -> pa.Table:
+        """`rows`, and those that an earlier output has, in the order of `inputs`."""
+        known = inputs.filter(pc.is_valid(inputs["known_part"]))
+        if not known.num_rows:
+            return rows
+        if self._earlier is None:
+            self._earlier = Earlier(str(self._config.previous))
+        together = pa.concat_tables([rows, self._earlier.rows(known).cast(rows.schema)])
+        return together.take(pc.index_in(uris(inputs), together["uri"]))
+
+    def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
+        """Fetched, and decoded in processes of their own."""
+        for root, rows in groupby(entries(inputs), itemgetter(0)):
+            if root not in self._storages:
+                self._storages[root] = open_storage(root)
+            contents = iter(fetch(self._storages[root], [entry for _, entry in rows]))
+            if self._config.gpu:
+                yield from self._decode(contents)
+            else:  # one core does it all, and is slower when it goes to and fro
+                while burst := list(self._decode(islice(contents, BURST))):
+                    yield from burst
+
+    def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
+        return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))
+
+
+def _pixels(found: Mapping[str, Any]) -> Any:
+    return found["pixels"].transpose(2, 0, 1)
+
+
+def _lineage(package: Package, predictor: Predictor) -> dict[str, str]:
+    """What a part says of its origin, besides the plan."""
+    said = {
+        "model_id": package.model_id,
+        "package": package.uri,
+        "classes": json.dumps(package.classes),
+        "preprocessing": json.dumps(package.description["preprocessing"]),
+        "engine": predictor.engine.name,
+        "versions": json.dumps(versions()),
+    }
+    return {f"fruitray.{name}": value for name, value in said.items()}
