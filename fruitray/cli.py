@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from fruitray import config as configs
+from fruitray import status
 from fruitray.errors import UsageError, find_ours
 
 JOBS: dict[str, type[Any]] = {
@@ -42,20 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one job with command-line arguments; answers its exit code (see `errors.py`)."""
-    try:
-        config = configs.resolved(parse(name, list(sys.argv[1:] if argv is None else argv)))
-        job = importlib.import_module(f"fruitray.cluster.{name}")
-        print(job.run(config), flush=True)
-        return 0
-    except KeyboardInterrupt:
-        print(f"fruitray {name}: interrupted", file=sys.stderr, flush=True)
-        return 130
-    except Exception as error:
-        ours = find_ours(error)
-        if ours is None:
-            raise
-        print(f"fruitray {name}: {ours}", file=sys.stderr, flush=True)
-        return ours.exit_code
+    with status.of(name) as told:
+        try:
+            config = configs.resolved(parse(name, list(sys.argv[1:] if argv is None else argv)))
+            job = importlib.import_module(f"fruitray.cluster.{name}")
+            said, code = job.run(config), 0
+        except KeyboardInterrupt:
+            said, code = "interrupted", status.INTERRUPTED
+        except Exception as error:
+            ours = find_ours(error)
+            if ours is None:
+                raise
+            said, code = str(ours), ours.exit_code
+        print(f"fruitray {name}: {said}" if code else said, file=sys.stderr if code else sys.stdout, flush=True)
+        told.end(code, said)
+        return code
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:

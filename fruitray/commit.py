@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
+from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.inputs import INPUTS, uris
 from fruitray.scores import schema
 from fruitray.storage import Storage
@@ -36,6 +36,8 @@ from fruitray.tables import parquet
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Folder of what has no label."""
+MAX_FOLDER = 240
+"""Bytes of a label in a folder's name, escaped; most file systems take 255 in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +82,7 @@ def write_plan(
 
     Raises:
         OutputConflictError: `out` holds the plan of another job.
+        UsageError: a label is too long to name a folder.
     """
     planned = _sharded(inputs, shard_rows, partitioned=partitioned)
     data = parquet(planned)
@@ -125,6 +128,9 @@ def _sharded(inputs: pa.Table, shard_rows: int, *, partitioned: bool) -> pa.Tabl
     """`inputs` with the key of the part that each goes to."""
     if partitioned:
         inputs = inputs.take(pc.sort_indices(inputs["label"].combine_chunks()))  # a stable sort: by URI within
+        for label in inputs["label"].unique().to_pylist():
+            if len(quote(label or "", safe="")) > MAX_FOLDER:
+                raise UsageError(f"--partition-by folder: {label!r} is too long for a folder's name")
     folders = inputs["label"].to_pylist() if partitioned else [None] * inputs.num_rows
     parts: list[str] = []
     numbers = itertools.count()

@@ -88,6 +88,8 @@ class PrepareConfig:
     """Draw so many training photos, and what --augment makes of each, into `augment.png`."""
     augment: str = "eightfold"
     """The augmentation to draw, as for `train`."""
+    dry_run: bool = False
+    """Say whether every node of the cluster reaches all of it and has room for it, and write nothing."""
 
     def __post_init__(self) -> None:
         size = self.size in ("any", "majority") or parse_size(self.size) is not None
@@ -326,6 +328,8 @@ class TuneConfig:
     """CPUs reserved for each trial."""
     gpus_per_trial: float = 0
     """GPUs reserved for each trial; a fraction lets several share one."""
+    dry_run: bool = False
+    """As for `prepare`."""
 
     def __post_init__(self) -> None:
         require(len(self.backbones) >= 1, "backbones", self.backbones, "name at least one")
@@ -369,6 +373,8 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
     """Save a checkpoint when this time has passed, in the middle of an epoch too, and after each epoch unless that took
     much time; a run that is broken off loses no more than what came after its last one."""
+    dry_run: bool = False
+    """As for `prepare`."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
@@ -419,7 +425,7 @@ class ScoreConfig:
     retry_errors: bool = False
     """With --previous: score again what was an error there."""
     dry_run: bool = False
-    """Score some photos, say how long all would take, and write nothing."""
+    """As for `prepare`; and score some photos, and say how long all would take."""
 
     def __post_init__(self) -> None:
         require(len(self.images) > 0, "images", self.images, "must name at least one place")
@@ -491,7 +497,7 @@ def resolved(config: Any) -> Any:
             changes[name] = resolved(value)
         elif name in PLACES and isinstance(value, tuple):
             changes[name] = tuple(map(_in_one_way, value))
-        elif name in PLACES and value not in (None, "imagenet", "none"):
+        elif name in PLACES and value is not None and not (name == "weights" and value in ("imagenet", "none")):
             changes[name] = _in_one_way(value)
     return dataclasses.replace(config, **changes)
 

@@ -15,6 +15,7 @@ SHOWN = 10
 """Lines of a table of which a file has more."""
 
 _OUT = Console(highlight=False, soft_wrap=True)
+_shown: dict[str, Any] = {}
 
 
 def say(text: str) -> None:
@@ -47,9 +48,21 @@ def _cell(value: Any) -> str:
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     """Yields `advance(count, note="")`; shows how many of `total` `unit` are done, how fast, what is left, the note."""
-    shown = _live(what, total, unit) if _OUT.is_terminal else _logged(what, total, unit)
-    with shown as advance:
+    live = _live(what, total, unit) if _OUT.is_terminal else _logged(what, total, unit)
+    _shown.update(step=what, done=0, total=total, unit=unit)
+    with live as show:
+
+        def advance(count: int, note: str = "") -> None:
+            _shown["done"] += count
+            show(count, note)
+
         yield advance
+    _shown.clear()
+
+
+def shown() -> dict[str, Any]:
+    """The progress under way, or broken off: `step`, `done` of `total`, `unit`; empty where there is none."""
+    return dict(_shown)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,47 +63,80 @@ def pick_engine(photos: int, *, gpu: bool) -> EngineName:
     return "compile" if compiler and photos >= COMPILE_PAYS else "eager"
 
 
+def require_engine(name: EngineName, *, gpu: bool) -> None:
+    """Raise `UsageError` where the engine is not installed, or does not run on such devices."""
+    if name == "openvino" and gpu:
+        raise UsageError("--engine openvino: computes on CPUs only")
+    if name == "openvino" and not importlib.util.find_spec("openvino"):
+        raise UsageError("--engine openvino: needs `pip install 'fruitray[openvino]'`")
+
+
 def make_engine(
-    name: EngineName, model: Classifier, device: torch.device, *, full_precision: bool = False, batch: int = 0
+    name: EngineName,
+    model: Classifier,
+    device: torch.device,
+    *,
+    full_precision: bool = False,
+    batch: int = 0,
+    temperature: float = 1.0,
 ) -> Engine:
     """`model`, evaluating, made ready on `device`; `batch` photos per pass, 0 for what suits the device.
 
-    One whose scores leave the tolerance, on a few pictures made for that, is replaced by plain PyTorch in float32.
+    One that cannot compute this network, or whose scores (logits divided by `temperature`) leave the tolerance on a few
+    pictures made for that, is replaced by plain PyTorch in float32.
 
     Raises:
         UsageError: the engine is not installed, or does not run on this device.
     """
+    require_engine(name, gpu=device.type != "cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # else float32 would have the precision of half
     batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     reference = copy.deepcopy(model).to(device).eval()
     reference.full_precision = True
-    plain = Engine("eager in float32", batch, _on(device, _Outputs(reference)))
+    plain = Engine("eager in float32", batch, _on(device, _Outputs(_Embedding(reference))))
     narrow = fast_in_bfloat16(device) and not full_precision
     makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
-    compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
-    engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
-    return engine if _agree(engine, plain, model.preprocessing.size) else plain
+    try:
+        compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
+        engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
+        agrees = _agree(engine, plain, model.preprocessing.size, temperature)
+    except Exception:  # of any type: networks that cannot be traced or converted, a compiler that is missing
+        return replace(plain, name=f"{plain.name}, for {name} cannot compute this network")
+    return engine if agrees else replace(plain, name=f"{plain.name}, for {name} answers otherwise")
 
 
-def _agree(engine: Engine, other: Engine, size: int) -> bool:
+def _agree(engine: Engine, other: Engine, size: int, temperature: float) -> bool:
     noise = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(noise, (size, size), mode="bicubic").clamp(0, 1)
     photos = (255 * smooth).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-    ours, theirs = (some(photos)[0].softmax(dim=1) for some in (engine, other))
+    ours, theirs = ((some(photos)[0] / temperature).softmax(dim=1) for some in (engine, other))
     return bool(((ours - theirs).abs() <= TOLERANCE).all())  # what is no number is not
 
 
-class _Outputs(nn.Module):
-    """(B, 3, S, S) uint8 -> logits and embeddings of a classifier."""
+class _Embedding(nn.Module):
+    """(B, 3, S, S) uint8 -> (B, D) float32 by a classifier's trunk, which computes in `dtype`."""
 
     def __init__(self, model: Classifier, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        inputs = (photos.float() - self.model.mean) / self.model.std
+        embeddings: torch.Tensor = self.model.trunk(inputs.to(self.dtype)).float()
+        return embeddings
+
+
+class _Outputs(nn.Module):
+    """What an engine computes, of an embedding; the head stays in float32."""
+
+    def __init__(self, embedding: _Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
     def forward(self, photos: torch.Tensor) -> Outputs:
-        model = self.model
-        inputs = (photos.float() - model.mean) / model.std
-        embeddings = model.trunk(inputs.to(self.dtype)).float()
-        return model.head(embeddings), embeddings
+        embeddings = self.embedding(photos)
+        return self.embedding.model.head(embeddings), embeddings
 
 
 def _on(device: torch.device, module: Callable[[torch.Tensor], Outputs]) -> Callable[[torch.Tensor], Outputs]:
@@ -124,19 +157,15 @@ def _compiled(model: Classifier, device: torch.device, batch: int, narrow: bool)
 
 
 def _openvino(model: Classifier, device: torch.device, batch: int, narrow: bool) -> Callable[[torch.Tensor], Outputs]:
-    if device.type != "cpu":
-        raise UsageError("--engine openvino: computes on CPUs only")
-    try:
-        import openvino
-        from openvino.frontend import FrontEndManager
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-    except ImportError as error:
-        raise UsageError("--engine openvino: needs `pip install 'fruitray[openvino]'`") from error
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
     size = model.preprocessing.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is on its way out; OpenVINO reads torch.export's graphs slower
         example = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-        traced = torch.jit.trace(_Outputs(model), example, check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(_Embedding(model), example, check_trace=False)  # type: ignore[no-untyped-call]
         frontend = FrontEndManager().load_by_framework("pytorch")  # openvino.convert_model would report to its makers
         decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
         converted = frontend.convert(frontend.load(decoder))
@@ -150,8 +179,9 @@ def _openvino(model: Classifier, device: torch.device, batch: int, narrow: bool)
     compiled = openvino.compile_model(converted, "CPU", settings)
 
     def compute(photos: torch.Tensor) -> Outputs:
-        logits, embeddings = compiled(photos.contiguous().numpy()).values()
-        return torch.tensor(logits), torch.tensor(embeddings)
+        [answer] = compiled(photos.contiguous().numpy()).values()
+        embeddings = torch.tensor(answer)
+        return model.head(embeddings), embeddings  # the head stays in float32, as everywhere
 
     return _padded(compute, batch)
 
@@ -171,7 +201,7 @@ def _folded(model: Classifier, narrow: bool) -> _Outputs:
     fold_batch_norm(model.trunk)
     dtype = torch.bfloat16 if narrow else torch.float32
     model.trunk.to(dtype).to(memory_format=torch.channels_last)
-    return _Outputs(model, dtype)
+    return _Outputs(_Embedding(model, dtype))
 
 
 class _Tracer(fx.Tracer):

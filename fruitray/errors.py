@@ -23,7 +23,7 @@ FruitrayError                  exit code
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 
 @dataclass(eq=False)
@@ -32,11 +32,14 @@ class FruitrayError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        self.args = tuple(getattr(self, field.name) for field in fields(self))  # what pickle rebuilds it from
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), self._values()  # not by `args`, to which Ray Data adds words of its own
 
     def __str__(self) -> str:
-        return ": ".join(str(value) for value in self.args if value)
+        return ": ".join(str(value) for value in self._values() if value)
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(eq=False)
@@ -199,8 +202,9 @@ Kind = TypeVar("Kind", bound=BaseException)
 def find(error: BaseException | None, kind: type[Kind]) -> Kind | None:
     """The error of that kind that `error` is or was caused by; Ray wraps what its workers raise in several layers."""
     while error is not None:
-        inner = getattr(error, "cause", None) or next(iter(getattr(error, "worker_failures", {}).values()), None)
-        if isinstance(inner, BaseException):  # before the type: Ray's wrapper pretends to be of its cause's
+        held = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), *error.args]
+        inner = next((one for one in held if isinstance(one, BaseException)), None)
+        if inner is not None:  # before the type: Ray's wrapper pretends to be of its cause's
             error = inner
         elif isinstance(error, kind):
             return error

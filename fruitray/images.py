@@ -61,6 +61,8 @@ CODES = {
     "E_NOT_REGULAR": "a FIFO, device or socket",
 }
 """Every `error_code` a row can carry, and what it means."""
+PASSING = "^E_(SRC|TIMEOUT|DECODE|SYM|NOT_REG)"
+"""A regular expression: codes of files that could not be had, or not be decoded in time; they may do better now."""
 
 
 @dataclass(frozen=True, slots=True)

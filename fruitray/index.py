@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from fruitray.errors import LeakError, NoInputError, OutputConflictError
 from fruitray.facts import THUMBNAIL, VERSION
+from fruitray.images import PASSING
 from fruitray.storage import Entry, Storage, open_file, open_storage
 from fruitray.tables import field, parquet
 
@@ -128,9 +129,7 @@ def known_facts(earlier: Index, images: Storage, entries: Sequence[Entry]) -> tu
             "etag": [entry.etag for entry in entries],
         }
     )
-    again = pc.match_substring_regex(
-        pc.fill_null(earlier.table["error_code"], ""), "^E_(SRC|TIMEOUT|DECODE|SYM|NOT_REG)"
-    )
+    again = pc.match_substring_regex(pc.fill_null(earlier.table["error_code"], ""), PASSING)
     table = earlier.table.filter(pc.invert(again)).select(FACTS.names)
     place = pc.index_in(_version(listed), _version(table))
     fresh = [entry for entry, new in zip(entries, pc.is_null(place).to_pylist(), strict=True) if new]

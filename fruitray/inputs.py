@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fruitray.errors import AccessDeniedError, NotFoundError, UsageError
+from fruitray.errors import CredentialsError, EndpointError, StorageError, UsageError
 from fruitray.images import is_hidden
 from fruitray.index import FILE, label_of
 from fruitray.storage import Entry, LocalStorage, Storage, open_file, open_storage
@@ -110,12 +110,15 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
 
     def look(place: tuple[str, str], size: int | None, etag: str | None) -> Entry:
         root, key = place
-        if size is not None and etag is not None and not isinstance(storages[root], LocalStorage):
+        etag = (etag or "").strip('"')
+        if size is not None and etag and not isinstance(storages[root], LocalStorage):
             return Entry(key, size, etag)
         try:
             found = storages[root].stat(key)
-        except (NotFoundError, AccessDeniedError):
-            return Entry(key, size or 0, etag or "")  # its row will say
+        except (CredentialsError, EndpointError):
+            raise
+        except StorageError:
+            return Entry(key, size or 0, etag)  # its row will say
         return Entry(key, found.size, etag or found.etag, found.kind)
 
     with ThreadPoolExecutor(16) as pool:
@@ -126,21 +129,29 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
 def _read(uri: str, data: bytes) -> pa.Table:
     """The columns that are known; all but `uri` may be missing, and are null then."""
     try:
-        table = (pq.read_table if uri.endswith(".parquet") else pyarrow.csv.read_csv)(io.BytesIO(data))
-        if "uri" not in table.column_names:
-            raise UsageError(f"--images {uri}: a list needs a column `uri`; it has {', '.join(table.column_names)}")
+        file = io.BytesIO(data)
+        table = pq.read_table(file) if uri.endswith(".parquet") else _read_csv(file)
+        if table.column_names.count("uri") != 1:
+            raise UsageError(f"--images {uri}: a list needs one column `uri`; it has {', '.join(table.column_names)}")
         for name in _COLUMNS.names:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
         table = table.select(_COLUMNS.names).cast(_COLUMNS)
-    except (pa.ArrowException, OSError) as error:  # OSError is Arrow's word for many kinds of damage
+    except (pa.ArrowException, OSError, KeyError) as error:  # Arrow's words for damage, and for a name that comes twice
         raise UsageError(f"--images {uri}: is no list: {error}") from error
     if empty := table["uri"].null_count:
         raise UsageError(f"--images {uri}: `uri` is empty in {empty} rows")
     return table
 
 
+def _read_csv(file: io.BytesIO) -> pa.Table:
+    quoted = pyarrow.csv.ParseOptions(newlines_in_values=True)  # else a block may end, and a row begin, within a name
+    return pyarrow.csv.read_csv(file, parse_options=quoted, convert_options=_AS_IS)
+
+
 _COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
+_AS_IS = pyarrow.csv.ConvertOptions(column_types=_COLUMNS, strings_can_be_null=True, null_values=[""])
+"""Else 001 would be read as 1."""
 
 
 def _place(uri: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import weakref
 from collections import deque
@@ -26,15 +27,19 @@ from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
-from fruitray.errors import ImageError
+from fruitray.errors import ImageError, TryAgainError
 from fruitray.images import image_error
 
 Result = TypeVar("Result")
 LOOK, RGB = "fruitray.facts:look", "fruitray.images:rgb"
 DECODE_TIMEOUT_S = 20.0
-"""One photo's. 50 megapixels took 1 to 6 s on a shared core, the most as lossless WebP."""
+"""One photo's, of CPU time. 50 megapixels took 1 to 6 s on a shared core, the most as lossless WebP."""
+PATIENCE = 6
+"""How many times as long it may take by the clock, as others may use the CPU, too."""
 AHEAD = 16
 """How many answers a pool has ready before they are asked for."""
+STARTS = 3
+"""How often a child may die while it starts, before its parent gives up."""
 DECODE_MEMORY = 4 * 2**30
 """Bytes of a child's address space, where the system limits that (Linux). 50 megapixels took up to 1.7 GiB."""
 
@@ -61,6 +66,7 @@ class Isolated:
         Raises:
             ImageError: as `function` raised it; E_TIMEOUT or E_DECODE_CRASH if it did not come back.
             RuntimeError: `function` raised something else, which is a bug: with the child's traceback.
+            TryAgainError: no child lives long enough to be asked.
         """
         return self._call(data, None)
 
@@ -123,16 +129,26 @@ class Isolated:
         if self._sent is not None and self._sent is not data:  # a `map` was left half-way
             self.close()
         if self._child is None:
-            self._child = _Child(self.function, self.timeout_s, self.memory)
+            self._child = self._new_child()
         if self._sent is None:
             self._child.send(data)
         self._sent = None
         return self._child
 
+    def _new_child(self) -> "_Child":
+        for _ in range(STARTS):
+            child = _Child(self.function, self.timeout_s, self.memory)
+            if child.ready:
+                return child
+            child.end()
+            time.sleep(1)
+        raise TryAgainError(self.function, "its process is killed while it starts, time and again; is memory short?")
+
     def _cause_of_death(self, child: "_Child") -> dict[str, Any]:
         status = child.wait()
-        if status == -signal.SIGALRM:
-            return _refusal(image_error("E_TIMEOUT", f"more than {self.timeout_s:g} s"))
+        if status in (-signal.SIGPROF, -signal.SIGALRM):
+            limit = self.timeout_s * (1 if status == -signal.SIGPROF else PATIENCE)
+            return _refusal(image_error("E_TIMEOUT", f"more than {limit:g} s"))
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return _refusal(image_error("E_DECODE_CRASH", how))
 
@@ -189,10 +205,12 @@ class _Child:
         self.end = weakref.finalize(self, _end, self._process)  # a Popen that is dropped would live on
         self.room = _room(self._questions)
         """Bytes that can be sent unread. Were it more, each side might wait for the other to read."""
-        ready = self.receive()
-        if ready != {}:
+        said = self.receive()
+        self.ready = said is not None
+        """Whether it lives, now that it has started."""
+        if said:
             self.end()
-            raise RuntimeError(f"{function} cannot be loaded\n{ready['bug'] if ready else ''}")
+            raise RuntimeError(f"{function} cannot be loaded\n{said['bug']}")
 
     def send(self, data: bytes) -> None:
         with suppress(BrokenPipeError):  # it has died; `receive` tells
@@ -272,7 +290,9 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
 def _set_limits(memory: int) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent has ended: so does this process, without a word
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])  # what a parent blocks, its children inherit
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    timers = [signal.SIGALRM, signal.SIGPROF]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, timers)  # what a parent blocks, its children inherit
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError, OSError):  # the parent has less itself; or this is macOS
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -288,7 +308,8 @@ def _find(name: str) -> Callable[[bytes], dict[str, Any]]:
 
 def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s: float) -> list[bytes]:
     """The JSON, and the pixels if there are any."""
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)  # nothing handles it, so the kernel ends even a hang in C
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)  # nothing handles it, so the kernel ends even a hang in C
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * timeout_s)
     rest = []
     try:
         said: dict[str, Any] = {"result": function(data)}
@@ -304,6 +325,7 @@ def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s:
         message = json.dumps(_refusal(image_error("E_DECODE_CRASH")))
     except BaseException:
         message = json.dumps({"bug": traceback.format_exc()})
+    signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return [message.encode(), *rest]
 

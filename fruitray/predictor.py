@@ -69,7 +69,14 @@ class Predictor:
         """Spent computing so far."""
         keep_freed_memory()
         device = pick_device(gpu=gpu)
-        self.engine = make_engine(engine, package.model, device, full_precision=full_precision, batch=batch_size)
+        self.engine = make_engine(
+            engine,
+            package.model,
+            device,
+            full_precision=full_precision,
+            batch=batch_size,
+            temperature=package.inference.temperature,
+        )
 
     def predict(self, contents: Iterable[bytes | ImageError]) -> list[Prediction]:
         """One prediction per item; an item that could not be fetched comes as its `ImageError`."""

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fruitray.commit import read_plan
-from fruitray.errors import UsageError
+from fruitray.errors import OutputConflictError, UsageError
+from fruitray.images import PASSING, is_hidden
 from fruitray.inputs import INPUTS, uris
 from fruitray.storage import open_storage
 
@@ -35,27 +36,42 @@ class Earlier:
                 raise UsageError(f"--previous {self._storage.uri}: {reason}")
 
     def mark(self, inputs: pa.Table, *, retry_errors: bool) -> pa.Table:
-        """`inputs` (`INPUTS`), with part and row of those that have one here; with `retry_errors` not of errors."""
-        keys = sorted(entry.key for entry in self._storage.list("data/") if entry.key.endswith(".parquet"))
+        """`inputs` (`INPUTS`), with part and row of those that have one here; not of errors that may pass, and with
+        `retry_errors` of none.
+
+        Raises:
+            OutputConflictError: a file among its parts has other columns, or is damaged.
+        """
+        keys = [entry.key for entry in self._storage.list("data/") if entry.key.endswith(".parquet")]
+        keys = sorted(key for key in keys if not is_hidden(key))
         with ThreadPoolExecutor(8) as pool:
             known = pa.concat_tables([_KNOWN.empty_table(), *pool.map(self._versions, keys)])
         if retry_errors:
             known = known.filter(pc.equal(known["status"], "ok"))
+        known = known.filter(pc.invert(pc.match_substring_regex(pc.fill_null(known["error_code"], ""), PASSING)))
         versions = pc.binary_join_element_wise(uris(inputs), inputs["etag"].combine_chunks(), "\n")
         place = pc.index_in(versions, known["version"])
+        place = pc.if_else(pc.equal(inputs["etag"].combine_chunks(), ""), None, place)  # of a version nobody knows
         for name in ("known_part", "known_row"):
             inputs = inputs.set_column(INPUTS.get_field_index(name), INPUTS.field(name), known[name].take(place))
         return inputs
 
     def rows(self, inputs: pa.Table) -> pa.Table:
         """The rows of inputs that are all marked, in their order."""
-        places = zip(inputs["known_part"].to_pylist(), inputs["known_row"].to_pylist(), strict=True)
-        return pa.concat_tables([self._part(key).slice(row, 1) for key, row in places])
+        found = []
+        for key in inputs["known_part"].unique().to_pylist():
+            of_part = inputs.filter(pc.equal(inputs["known_part"], key))
+            found.append(self._part(key).take(of_part["known_row"]))
+        rows = pa.concat_tables(found)
+        return rows.take(pc.index_in(uris(inputs), rows["uri"]))
 
     def _versions(self, key: str) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(self._storage.read(key)), columns=["uri", "etag", "status"])
+        try:
+            table = pq.read_table(pa.BufferReader(self._storage.read(key)), columns=_ASKED).select(_ASKED)
+        except (pa.ArrowException, KeyError) as error:
+            raise OutputConflictError(self._storage.uri_of(key), f"is no part that score wrote: {error}") from error
         versions = pc.binary_join_element_wise(table["uri"], table["etag"], "\n")
-        columns = [versions, table["status"], [key] * table.num_rows, range(table.num_rows)]
+        columns = [versions, table["status"], table["error_code"], [key] * table.num_rows, range(table.num_rows)]
         return pa.table(columns, schema=_KNOWN)
 
     def _part(self, key: str) -> pa.Table:
@@ -66,6 +82,7 @@ class Earlier:
         return self._held[key]
 
 
+_ASKED = ["uri", "etag", "status", "error_code"]
 _KNOWN = pa.schema(
-    [("version", pa.string()), ("status", pa.string()), ("known_part", pa.string()), ("known_row", pa.int32())]
+    [(name, pa.string()) for name in ("version", "status", "error_code", "known_part")] + [("known_row", pa.int32())]
 )

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -74,20 +74,22 @@ class S3Storage(Storage):
     def stat(self, key: str) -> Entry:
         with _errors(self.uri_of(key)):
             answer = self._client.head_object(Bucket=self._bucket, Key=self._root + key)
-        return Entry(key, answer["ContentLength"], answer["ETag"].strip('"'))
+        return Entry(key, answer["ContentLength"], answer.get("ETag", "").strip('"'))
 
     @cached_property
-    def _quick(self) -> QuickReader:
-        return QuickReader(self._client, self._bucket, self._root)
+    def _quick(self) -> QuickReader | None:
+        with suppress(ValueError):  # no credentials: boto3 has the words for it
+            return QuickReader(self._client, self._bucket, self._root)
+        return None
 
     def read(self, key: str, etag: str = "") -> bytes:
-        if (found := self._quick.read(key, etag)) is not None:
+        if self._quick and (found := self._quick.read(key, etag)) is not None:
             return found
         condition = {"IfMatch": f'"{etag}"'} if etag else {}
-        with _errors(self.uri_of(key)):
+        with _only_objects_are_missing(), _errors(self.uri_of(key)):
             for attempt in range(1, READ_ATTEMPTS + 1):
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._root + key, **condition)
-                if etag and answer["ETag"].strip('"') != etag:  # a store that ignores If-Match
+                if etag and answer.get("ETag", "").strip('"') != etag:  # a store that ignores If-Match
                     raise ChangedError(self.uri_of(key), "changed since it was listed")
                 try:
                     data: bytes = answer["Body"].read()
@@ -151,8 +153,15 @@ _BAD_KEYS = {
     "SignatureDoesNotMatch": "the secret key is wrong",
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is wrong",
+    "TokenRefreshRequired": "the session token has expired",
+    "AuthorizationHeaderMalformed": "the region is wrong, or the key",
+    "AccountProblem": "the account has a problem",
     "RequestTimeTooSkewed": "the clock of this machine is wrong",
 }
+
+
+_PASSING = (408, 409, 425, 429)
+"""Took too long, met another's write, too early, too many."""
 
 
 @contextmanager
@@ -174,6 +183,18 @@ def _errors(uri: str) -> Iterator[None]:
         raise StorageError(uri, _one_line(error)) from error
     except ValueError as error:  # botocore's word for an endpoint URL that is none
         raise EndpointError(uri, _one_line(error)) from error
+
+
+@contextmanager
+def _only_objects_are_missing() -> Iterator[None]:
+    """That a bucket is not there, or that something else answers, says nothing of the object that was asked for."""
+    try:
+        yield
+    except NotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, ClientError) and cause.response["Error"]["Code"] not in ("NoSuchKey", "NoSuchVersion"):
+            raise EndpointError(error.uri, error.reason) from cause
+        raise
 
 
 def _endpoint() -> str:
@@ -199,8 +220,10 @@ def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
         return ArchivedError(uri, "lies in an archive tier")
     if code in _BAD_KEYS:
         return CredentialsError(uri, _BAD_KEYS[code])
+    if status == 401:
+        return CredentialsError(uri, f"{_endpoint()} does not know who asks")
     if status == 403:
         return AccessDeniedError(uri, "access denied")
-    if (status >= 500 and status != 501) or code in ("SlowDown", "RequestTimeout", "Throttling"):
+    if (status >= 500 and status != 501) or status in _PASSING or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return TryAgainError(uri, f"{_endpoint()} answers {code}")
     return StorageError(uri, f"{_endpoint()} answers {code}")

@@ -4,35 +4,50 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from fruitray.s3server import HOST, find_binary, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
+RAY = find_binary("ray") or "ray"
 READY_WITHIN_S = 60
+QUICKER = {
+    "RAY_worker_niceness": "0",  # else a test's workers wait for another test's driver
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "4",
+}
+"""What a person's cluster has no need of: here a node's death is noticed sooner, and tests run side by side."""
+
+SMALL = ("--object-store-memory=500000000", "--include-log-monitor=False")
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running head node. `environment` leads a process to it, with the token and the cluster's storage."""
+    """A running head node. `environment` leads a process to it, with the token and the cluster's storage; its files lie
+    in `folder`; jobs can be submitted to the address `dashboard`, where it has one."""
 
     environment: dict[str, str]
+    folder: Path
     dashboard: str
 
     def start(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
         """`python -m jobs.JOB arguments` in `folder`, as a driver of its own session."""
         return self._start(["-m", f"jobs.{job}", *arguments], folder, environment)
 
-    def start_apart(self, job: str, *arguments: str, cpus: int) -> subprocess.Popen[str]:
-        """As `start`, on a Ray of its own with so many CPUs, which finds the same storage."""
-        scratch = Path(self.environment["FRUITRAY_CACHE"]).parent / secrets.token_hex(2)
-        return self._start(["-c", _APART, str(cpus), str(scratch), job, *arguments], ROOT, {"RAY_ADDRESS": "local"})
+    def start_apart(self, job: str, *arguments: str, cpus: int, **environment: str) -> subprocess.Popen[str]:
+        """As `start`, on a Ray of its own with so many CPUs, which finds the same storage unless told otherwise."""
+        scratch = self.folder / secrets.token_hex(2)
+        return self._start(
+            ["-c", _APART, str(cpus), str(scratch), job, *arguments], ROOT, {"RAY_ADDRESS": "local", **environment}
+        )
 
     def _start(self, command: list[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -55,6 +70,11 @@ class Cluster:
                     found.append(process)
         return found
 
+    def submit(self, job: str, *arguments: str) -> tuple[int, str]:
+        """(exit code, log) of `ray job submit --working-dir . -- python -m jobs.JOB arguments`."""
+        environment = self.environment | {"RAY_ADDRESS": self.dashboard}
+        return submit(environment, "--", "python", "-m", f"jobs.{job}", *arguments)
+
     def run(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
         """(exit code, all it printed) of a job."""
         process = self.start(job, *arguments, folder=folder, **environment)
@@ -62,51 +82,76 @@ class Cluster:
         return process.returncode, printed
 
 
+def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
+    """Until `what` answers something true, which is answered here."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def submit(environment: Mapping[str, str], *arguments: str) -> tuple[int, str]:
+    """(exit code, log) of `ray job submit --working-dir . arguments`, where `environment` leads."""
+    command = [RAY, "job", "submit", "--working-dir", ".", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    return done.returncode, done.stdout + done.stderr
+
+
 _APART = (
     "import ray, sys; from fruitray.cli import run_job; "
-    "ray.init(address='local', num_cpus=int(sys.argv[1]), object_store_memory=500_000_000, _temp_dir=sys.argv[2]); "
-    "sys.exit(run_job(sys.argv[3], sys.argv[4:]))"
+    "ray.init(address='local', num_cpus=int(sys.argv[1]), object_store_memory=500_000_000, _temp_dir=sys.argv[2], "
+    "include_dashboard=False); sys.exit(run_job(sys.argv[3], sys.argv[4:]))"
 )
 
 
 @contextmanager
-def ray_head(folder: Path, storage: Mapping[str, str], cpus: int = 2) -> Iterator[Cluster]:
-    """A head node; its files lie in `folder`, whose path must be short."""
-    gcs, dashboard, *agents = free_ports(10)
+def ray_head(storage: Mapping[str, str], cpus: int = 2, *, dashboard: bool = False) -> Iterator[Cluster]:
+    """A head node, whose workers find `storage`."""
+    with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)  # Ray's sockets need a short path, pytest's folders have long ones
+        gcs, port, *agents = free_ports(10)
+        environment = _environment(folder, storage)
+        names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+        names += ("node-manager", "object-manager")
+        ports = [f"--{name}-port={port}" for name, port in zip(names, agents, strict=False)]
+        command = [RAY, "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", *ports, *SMALL]
+        command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--dashboard-port={port}"]
+        command += [f"--include-dashboard={dashboard}", f"--temp-dir={folder / 'ray'}"]
+        with _daemon(command, environment, folder) as head:
+            there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
+            cluster = Cluster(there, folder, f"http://{HOST}:{port}" if dashboard else "")
+            _wait_until_ready(cluster, head)
+            yield cluster
+
+
+def _environment(folder: Path, storage: Mapping[str, str]) -> dict[str, str]:
+    """Of the nodes and the drivers of a cluster with its files in `folder`."""
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
-    environment |= {
+    return environment | {
         **storage,
         "FRUITRAY_CACHE": str(folder / "cache"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **QUICKER,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "node-manager")
-    ports = [f"--{name}-port={port}" for name, port in zip((*names, "object-manager"), agents, strict=False)]
-    command = [find_binary("ray") or "ray", "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}"]
-    command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", *ports]
-    command += ["--object-store-memory=500000000", f"--temp-dir={folder / 'ray'}"]
-    with _daemon(command, environment, folder) as head:
-        there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
-        cluster = Cluster(there, f"http://{HOST}:{dashboard}")
-        _wait_until_ready(folder, cluster, head)
-        yield cluster
 
 
 @contextmanager
-def ray_node(folder: Path, cluster: Cluster, cpus: int = 2) -> Iterator[psutil.Process]:
-    """Another node of `cluster`, with files in `folder`; yields its raylet."""
+def ray_node(cluster: Cluster, cpus: int = 2) -> Iterator[psutil.Process]:
+    """Another node of `cluster`; yields its raylet."""
     before = {process.pid for process in cluster.processes("/raylet/raylet")}
-    command = [find_binary("ray") or "ray", "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
-    command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", "--object-store-memory=500000000"]
-    with _daemon(command, cluster.environment, folder):
+    command = [RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
+    command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", *SMALL]
+    with _daemon(command, cluster.environment, cluster.folder):
         deadline = time.monotonic() + READY_WITHIN_S
         while not (there := [one for one in cluster.processes("/raylet/raylet") if one.pid not in before]):
-            assert time.monotonic() < deadline, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (cluster.folder / "log").read_text()
             time.sleep(0.2)
         yield there[0]
 
@@ -114,12 +159,12 @@ def ray_node(folder: Path, cluster: Cluster, cpus: int = 2) -> Iterator[psutil.P
 class Nodes:
     """A head without CPUs, and a node that works, and can be replaced."""
 
-    def __init__(self, cluster: Cluster, stack: ExitStack, folder: Path) -> None:
-        self.cluster, self._stack, self._folder = cluster, stack, folder
+    def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
+        self.cluster, self._stack = cluster, stack
         self.raylet = self.add()
 
     def add(self) -> psutil.Process:
-        return self._stack.enter_context(ray_node(self._folder, self.cluster))
+        return self._stack.enter_context(ray_node(self.cluster))
 
     def replace(self) -> None:
         self.raylet.kill()
@@ -143,12 +188,20 @@ def _daemon(command: list[str], environment: Mapping[str, str], folder: Path) ->
         daemon.wait()
 
 
-def _wait_until_ready(folder: Path, cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    check = [find_binary("ray") or "ray", "job", "list"]  # the dashboard, which takes jobs, is up last
-    environment = cluster.environment | {"RAY_ADDRESS": cluster.dashboard}
     while head.poll() is None and time.monotonic() < deadline:
-        if subprocess.run(check, env=environment, capture_output=True).returncode == 0:
+        if _is_ready(cluster):
             return
         time.sleep(0.5)
-    raise RuntimeError(f"ray did not start: {(folder / 'log').read_text()[-2000:]}")
+    raise RuntimeError(f"ray did not start: {(cluster.folder / 'log').read_text()[-2000:]}")
+
+
+def _is_ready(cluster: Cluster) -> bool:
+    """Whether it takes what it is for: jobs, where it has a dashboard, which is up last, else drivers."""
+    environment, check = cluster.environment, ["health-check"]
+    if cluster.dashboard:
+        environment, check = environment | {"RAY_ADDRESS": cluster.dashboard}, ["job", "list"]
+    elif not cluster.processes("/raylet/raylet"):
+        return False
+    return subprocess.run([RAY, *check], env=environment, capture_output=True).returncode == 0

@@ -5,8 +5,8 @@ A missing program or folder skips the tests that need it and says what is absent
 
 import os
 import secrets
-import shutil
-import tempfile
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from fruitray.s3server import HOST, S3Server, answers, child_process, find_binar
 from tests.cluster import Cluster, ray_head
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started by nohup or with &, whose children ignore Ctrl-C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,12 +67,8 @@ def weak_aws(weak_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="session")
 def cluster(s3: S3Server) -> Iterator[Cluster]:
     """A Ray head node whose workers find `s3`."""
-    folder = Path(tempfile.mkdtemp(prefix="fr-"))  # Ray's sockets need a short path, pytest's folders have long ones
-    try:
-        with ray_head(folder, s3.environment) as head:
-            yield head
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head(s3.environment) as head:
+        yield head
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import ray.data
 import torch
 
 from fruitray.backbones import build, pick_device
-from fruitray.cluster.runtime import open_input, stream, worker_count
+from fruitray.cluster.placement import worker_count
+from fruitray.cluster.runtime import open_input, stream
 from fruitray.config import ModelConfig
 from fruitray.console import progress, say
 from fruitray.features import Block, Work, features_key, make_parts, missing_parts

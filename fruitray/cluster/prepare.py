@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 from ray import ObjectRef
 
+from fruitray import status
 from fruitray.audit import LINES, audit, summary
 from fruitray.cluster.runtime import (
     beside_driver,
@@ -48,6 +49,10 @@ def run(config: PrepareConfig) -> str:
     require_ours(out, "prepare", config)
     if all(is_hidden(entry.key) for entry in images.list()):
         raise NoInputError(images.uri)
+    if config.dry_run:
+        from fruitray.cluster.preflight import preflight  # on use: it needs torch
+
+        return preflight("prepare", [config.images], config.out, cpus=1)
     connect()
     if config.probe:
         from fruitray.cluster import suspects  # on use: it needs torch
@@ -78,6 +83,7 @@ def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, 
     counts of files."""
     listing = list(beside_driver(_list).remote(config))
     counts = ray.get(listing[:3][-1])  # or, there or earlier, why the listing failed
+    status.begin(open_output(config.out))
     earlier, facts, fresh = listing[0], listing[1:2], listing[3:]
     if not fresh:
         return earlier, facts, counts

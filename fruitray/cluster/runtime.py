@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import re
 import secrets
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,26 +24,58 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray import ObjectRef
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fruitray import status
 from fruitray.config import to_json
 from fruitray.console import say
-from fruitray.errors import OutputConflictError, UsageError
+from fruitray.errors import OutputConflictError, TryAgainError, UsageError, find_ours
 from fruitray.storage import LocalStorage, Storage, open_storage
 
 warnings.filterwarnings("ignore", "`ray_remote_args_fn`")  # Ray has no other way yet to bound a worker's retries
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
+OPEN = "FRUITRAY_OPEN_CLUSTER"
+"""Set where the network keeps strangers out of a cluster that asks for no token."""
+
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine."""
+    """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine.
+
+    Raises:
+        UsageError: it has several nodes, and asks for no token.
+        TryAgainError: nothing answers there.
+    """
     if not ray.is_initialized():
+        _require_answer(os.environ.get("RAY_ADDRESS", ""))
         ray.init(log_to_driver=False, logging_level="warning")
+        require_token(sum(node["Alive"] for node in ray.nodes()))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
+    settings.raise_original_map_exception = True  # else an error of ours is lost inside one of Ray Data's
     settings.op_resource_reservation_enabled = False  # our streams have one step; half the CPUs were kept for others
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises, too
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for many minutes."""
+    if there := re.fullmatch(r"([\w.-]+):(\d+)", address):
+        try:
+            socket.create_connection((there[1], int(there[2])), timeout=5).close()
+        except OSError as error:
+            raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({error})") from error
+
+
+def require_token(nodes: int) -> None:
+    """Raise `UsageError` on a cluster of several nodes that asks for no token, unless `OPEN` says that it may be so."""
+    if nodes < 2 or os.environ.get("RAY_AUTH_MODE") == "token" or os.environ.get(OPEN):
+        return
+    raise UsageError(
+        f"this cluster of {nodes} nodes asks for no token, so whoever reaches it runs code on it: set "
+        f"RAY_AUTH_MODE=token on every node (infra/README.md), or {OPEN}=1 where its network keeps strangers out"
+    )
 
 
 @contextmanager
@@ -95,7 +129,11 @@ def beside_driver(function: Callable[..., Any]) -> Any:
 
 
 def _here() -> dict[str, Any]:
-    node = ray.get_runtime_context().get_node_id()
+    return on_node(ray.get_runtime_context().get_node_id())
+
+
+def on_node(node: str) -> dict[str, Any]:
+    """Options of a task or actor that runs on that node and no other, and takes none of its CPUs."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
@@ -116,7 +154,7 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial")
+FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial", "dry_run")
 """Options that do not decide what comes out, so a job may be resumed with others."""
 FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
 """Those of one job alone."""
@@ -135,9 +173,10 @@ def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -
 
 
 def claim(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
-    """Save the resolved config as `NAME.json`, which makes `out` this job's; see `require_ours`."""
+    """Save the resolved config as `NAME.json`, which makes `out` this job's; see `require_ours`. Begin its status."""
     if out.exists(f"{name}.json") or not out.create(f"{name}.json", _saved(config, index_sha256)):
         require_ours(out, name, config, index_sha256)
+    status.begin(out)
 
 
 def _saved(config: Any, index_sha256: str) -> bytes:
@@ -160,17 +199,37 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
 
     A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
     `options` are those of `Dataset.map_batches`.
+
+    Raises:
+        TryAgainError: the same table's worker died each time.
     """
     done = _mapped(ray.data.from_arrow(list(tables)), work, **options)
-    yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    with _deaths_told():
+        yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def stream_references(
     tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
 ) -> Iterator[tuple[list[ObjectRef], int]]:
     """As `stream`, of tables that the driver never holds: yields references to results, and how many rows they have."""
-    for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
-        yield bundle.block_refs, bundle.num_rows()
+    with _deaths_told():
+        for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
+            yield bundle.block_refs, bundle.num_rows()
+
+
+_DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
+
+
+@contextmanager
+def _deaths_told() -> Iterator[None]:
+    """Say in one sentence that workers keep dying; what a worker raised is raised as it is."""
+    try:
+        yield
+    except _DEATHS as error:
+        if find_ours(error) or getattr(error, "actor_init_failed", False):
+            raise
+        reason = f"its workers died again and again ({type(error).__name__}); the same command goes on from here"
+        raise TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short") from error
 
 
 def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
@@ -184,25 +243,3 @@ def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any]
         ray_remote_args_fn=lambda: retries,
         **options,
     )
-
-
-def worker_count(asked: int, *, gpu: bool) -> int:
-    """How many workers to run: as asked, else one per CPU (or GPU) of the cluster."""
-    kind = "GPU" if gpu else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
-    if not there or asked > there:
-        raise UsageError(f"--workers {asked}: the cluster has {there} {kind}s at present, and each worker takes one")
-    return asked or there
-
-
-def cpus_per_gpu() -> int:
-    """The CPUs that a worker with a GPU may take, on whichever node it runs."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes), default=1))
-
-
-def require_resources(cpus: float, gpus: float) -> None:
-    """Raise `UsageError` if no node could ever hold a trial; it would wait without a word."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        raise UsageError(f"--cpus-per-trial {cpus} --gpus-per-trial {gpus}: no node of the cluster has that much")

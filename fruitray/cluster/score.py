@@ -1,16 +1,20 @@
 """score: plan, have workers score and commit each shard once, seal the output."""
 
 import json
-import os
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from fruitray.cluster.runtime import connect, open_output, worker_count
+from fruitray import status
+from fruitray.cluster.placement import needs, worker_count
+from fruitray.cluster.preflight import preflight
+from fruitray.cluster.runtime import connect, open_input, open_output
 from fruitray.cluster.scorer import STAGES, Work, score_shards
 from fruitray.commit import (
     PLAN,
@@ -27,9 +31,9 @@ from fruitray.commit import (
 )
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import say, show_table
-from fruitray.engines import pick_engine
+from fruitray.engines import EngineName, pick_engine, require_engine
 from fruitray.errors import NoInputError, TooManyBadImagesError
-from fruitray.inputs import list_inputs
+from fruitray.inputs import LISTS, list_inputs
 from fruitray.metrics import summary
 from fruitray.package import Package, load_package
 from fruitray.reuse import Earlier
@@ -54,13 +58,20 @@ PROBED = 64
 def run(config: ScoreConfig) -> str:
     """Score what is not scored yet, write the manifest and `_SUCCESS`; show the rows by status and by label."""
     start = time.perf_counter()
+    if config.engine != "auto":
+        require_engine(config.engine, gpu=config.gpu)
     out = _open_output(config)
+    for place in (config.package, *filter(None, [config.previous])):
+        open_input(place)  # says within seconds what reading would say after minutes
     package = load_package(config.package)
     if config.dry_run:
         return _dry_run(config, package)
     plan = _plan(config, package, out)
+    if not out.exists("score.json"):
+        out.create("score.json", to_json(config))
     if is_finished(out):
         return _summary(config, out, plan, read_manifest(out), "was complete already")
+    status.begin(out)
     shards = read_shards(out, plan)
     done = committed(out, shards)
     left = {key: inputs for key, inputs in shards.items() if key not in done}
@@ -93,14 +104,8 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
             return plan
     inputs, skipped = _inputs(config)
     settings["engine"] = _engine(config, inputs.num_rows)
-    if config.previous:
-        earlier = Earlier(config.previous)
-        earlier.require(settings)
-        inputs = earlier.mark(inputs, retry_errors=config.retry_errors)
-        known = inputs.num_rows - inputs["known_part"].null_count
-        say(f"score: {known:,} of {inputs.num_rows:,} rows are taken from {config.previous}")
+    inputs = _with_known(config, settings, inputs)
     plan = write_plan(out, settings, inputs, config.shard_rows, partitioned=config.partition_by == "folder")
-    out.create("score.json", to_json(config))
     say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {skipped}")
     if not plan.created_atomically:
         say(
@@ -117,32 +122,52 @@ def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
     return inputs, skipped
 
 
-def _engine(config: ScoreConfig, photos: int) -> str:
+def _with_known(config: ScoreConfig, settings: Mapping[str, Any], inputs: pa.Table) -> pa.Table:
+    """`inputs`, of which those that `--previous` knows are marked."""
+    if not config.previous:
+        return inputs
+    earlier = Earlier(config.previous)
+    earlier.require(settings)
+    inputs = earlier.mark(inputs, retry_errors=config.retry_errors)
+    known = inputs.num_rows - inputs["known_part"].null_count
+    say(f"score: {known:,} of {inputs.num_rows:,} rows are taken from {config.previous}")
+    return inputs
+
+
+def _engine(config: ScoreConfig, photos: int) -> EngineName:
     if config.engine != "auto":
         return config.engine
-    return pick_engine(photos // (config.workers or os.cpu_count() or 1), gpu=config.gpu)
+    connect()
+    return pick_engine(photos // worker_count(config.workers, gpu=config.gpu), gpu=config.gpu)
 
 
 # ---- What a person is told
 
 
 def _dry_run(config: ScoreConfig, package: Package) -> str:
+    reads = [package.uri, *(place for place in config.images if not place.endswith(LISTS))]
+    each = needs(gpu=config.gpu)
+    say(preflight("score", reads, config.out, workers=config.workers or 1, cpus=each["cpus"], gpus=each["gpus"]))
     inputs, skipped = _inputs(config)
-    photos, size = inputs.num_rows, sum(inputs["size"].to_pylist())
-    engine = _engine(config, photos)
-    connect()
+    engine = _engine(config, inputs.num_rows)
+    size = sum(inputs["size"].to_pylist()) / 1e6
+    say(f"score: {inputs.num_rows:,} photos, {size:,.1f} MB; hidden files skipped: {skipped}")
+    inputs = _with_known(config, _settings(config, package), inputs)
+    inputs = inputs.filter(pc.is_null(inputs["known_part"]))
+    if not (photos := inputs.num_rows):
+        return "score: nothing is left to score; nothing was written"
     workers = min(worker_count(config.workers, gpu=config.gpu), photos)
-    step = max(1, photos // (workers * PROBED))
-    probe = inputs.take(list(range(0, photos, step))[: workers * PROBED])
-    each = -(-probe.num_rows // workers)
-    shards = {str(number): probe.slice(number * each, each) for number in range(workers)}
+    count = min(photos, workers * PROBED)
+    probe = inputs.take([number * photos // count for number in range(count)])
+    shards = {str(number): probe.take(list(range(number, count, workers))) for number in range(workers)}
     start = time.perf_counter()
-    work = score_shards(config, {key: rows for key, rows in shards.items() if rows.num_rows}, engine)
-    busy = sum(work.seconds.values()) / workers
-    started = time.perf_counter() - start - busy
-    seconds = started + busy * photos / work.rows
-    say(f"score: {photos:,} photos, {size / 1e6:,.1f} MB; hidden files skipped: {skipped}; nothing was written")
-    return f"score: all would take about {_duration(seconds)}{_cost(config, seconds, photos)}, start-up {started:.0f} s"
+    work = score_shards(config, shards, engine)
+    busy = sum(work.seconds.values())
+    started = time.perf_counter() - start - busy / workers
+    turns = math.ceil(photos / config.shard_rows / workers)  # the photos of a shard are one worker's
+    seconds = started + busy / work.rows * max(photos / workers, min(photos, turns * config.shard_rows))
+    cost = _cost(config, seconds, photos)
+    return f"score: all would take about {_duration(seconds)}{cost}, start-up {started:.0f} s; nothing was written"
 
 
 def _duration(seconds: float) -> str:

@@ -14,19 +14,21 @@ import pyarrow.compute as pc
 import ray.data
 import torch
 
-from fruitray.cluster.runtime import connect, cpus_per_gpu, stream, worker_count
+from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, worker_count
+from fruitray.cluster.runtime import connect, stream
 from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
-from fruitray.errors import ImageError, OutputConflictError
+from fruitray.engines import EngineName
+from fruitray.errors import ImageError, OutputConflictError, UsageError
 from fruitray.images import fetch
-from fruitray.inputs import INPUTS, entries, uris
+from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
-from fruitray.package import Package, load_package, versions
+from fruitray.package import load_package, versions
 from fruitray.predictor import Predictor, Square
 from fruitray.reuse import Earlier
 from fruitray.scores import score_rows
-from fruitray.storage import Storage, open_storage
+from fruitray.storage import LocalStorage, Storage, open_storage
 
 BURST = 64
 """Photos that a worker without a GPU decodes before it computes."""
@@ -50,17 +52,18 @@ class Work:
         self.seconds.update({stage: result[stage] for stage in STAGES})
 
 
-def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: str) -> Work:
+def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: EngineName) -> Work:
     """Have workers score `shards`, and commit them unless it is a dry run."""
     connect()
     workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
     cpus = cpus_per_gpu() if config.gpu else 1
     work = Work()
-    tables = [pa.table({"part": [key], "inputs": [inputs.to_pylist()]}) for key, inputs in shards.items()]
+    say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
+    tables = [inputs.append_column("part", pa.array([key] * inputs.num_rows)) for key, inputs in shards.items()]
     with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
         for result in stream(
             tables,
-            _Scorer,
+            Scorer,
             fn_constructor_args=(config, engine, cpus),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=cpus,
@@ -76,11 +79,15 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: st
     return work
 
 
-class _Scorer:
+class Scorer:
     """One worker: a shard in, its rows committed, their counts out."""
 
-    def __init__(self, config: ScoreConfig, engine: Any, cpus: int) -> None:
+    def __init__(self, config: ScoreConfig, engine: EngineName, cpus: int) -> None:
         torch.set_num_threads(1)
+        if config.gpu and not torch.cuda.is_available():
+            raise UsageError(
+                "--gpu: PyTorch sees no GPU on a node that Ray gives one of; see its driver, and its torch"
+            )
         self._config, self._package = config, load_package(config.package)
         self._predictor = Predictor(
             self._package,
@@ -93,6 +100,7 @@ class _Scorer:
         )
         self._decoders = IsolatedPool(RGB, cpus)
         self._storages: dict[str, Storage] = {}
+        self._folders = {open_storage(place).uri for place in config.images if not place.endswith(LISTS)}
         self._earlier: Earlier | None = None
         if config.dry_run:
             return
@@ -102,16 +110,15 @@ class _Scorer:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
-        [shard] = task.to_pylist()
         start, computed = time.perf_counter(), self._predictor.seconds
-        inputs = pa.Table.from_pylist(shard["inputs"], INPUTS)
+        inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
         predictions = self._predictor.predict_squares(self._squares(fresh))
         predicted = time.perf_counter()
         if not self._config.dry_run:
             rows = score_rows(fresh, predictions, self._package.model_id, embeddings=self._config.embeddings)
             rows = self._with_known(inputs, rows)
-            commit(self._out, self._plan, shard["part"], inputs, rows, _lineage(self._package, self._predictor))
+            commit(self._out, self._plan, part, inputs, rows, self._lineage(inputs))
         network = self._predictor.seconds - computed
         answer = {
             "rows": inputs.num_rows,
@@ -133,12 +140,31 @@ class _Scorer:
         together = pa.concat_tables([rows, self._earlier.rows(known).cast(rows.schema)])
         return together.take(pc.index_in(uris(inputs), together["uri"]))
 
+    def _lineage(self, inputs: pa.Table) -> dict[str, str]:
+        """What a part says of its origin, besides the plan."""
+        package = self._package
+        said = {
+            "model_id": package.model_id,
+            "package": package.uri,
+            "classes": json.dumps(package.classes),
+            "preprocessing": json.dumps(package.description["preprocessing"]),
+            "engine": self._predictor.engine.name,
+            "versions": json.dumps(versions()),
+        }
+        if known := inputs.num_rows - inputs["known_part"].null_count:
+            said["previous"] = json.dumps({"uri": self._config.previous, "rows": known})
+        return {f"fruitray.{name}": value for name, value in said.items()}
+
     def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
         """Fetched, and decoded in processes of their own."""
         for root, rows in groupby(entries(inputs), itemgetter(0)):
+            wanted = [entry for _, entry in rows]
             if root not in self._storages:
-                self._storages[root] = open_storage(root)
-            contents = iter(fetch(self._storages[root], [entry for _, entry in rows]))
+                self._storages[root] = storage = open_storage(root)
+                seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
+                if seen or root in self._folders:  # a node that cannot see the photos must say so, not call them gone
+                    storage.check()
+            contents = iter(fetch(self._storages[root], wanted))
             if self._config.gpu:
                 yield from self._decode(contents)
             else:  # one core does it all, and is slower when it goes to and fro
@@ -151,16 +177,3 @@ class _Scorer:
 
 def _pixels(found: Mapping[str, Any]) -> Any:
     return found["pixels"].transpose(2, 0, 1)
-
-
-def _lineage(package: Package, predictor: Predictor) -> dict[str, str]:
-    """What a part says of its origin, besides the plan."""
-    said = {
-        "model_id": package.model_id,
-        "package": package.uri,
-        "classes": json.dumps(package.classes),
-        "preprocessing": json.dumps(package.description["preprocessing"]),
-        "engine": predictor.engine.name,
-        "versions": json.dumps(versions()),
-    }
-    return {f"fruitray.{name}": value for name, value in said.items()}

@@ -24,13 +24,15 @@ from fruitray.checkpoints import (
     newest_checkpoint,
 )
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, worker_count
+from fruitray.cluster.placement import require_room
+from fruitray.cluster.preflight import decoded_size, preflight
+from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours
 from fruitray.config import FitConfig, TrainConfig
 from fruitray.console import say
 from fruitray.errors import find, find_ours
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
-from fruitray.index import read_index
+from fruitray.index import index_place, read_index
 from fruitray.package import DESCRIPTION, load_package
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import Storage, open_storage
@@ -45,12 +47,15 @@ def run(config: TrainConfig) -> str:
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "train", config, index.sha256)
+    if config.dry_run:
+        reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
+        return preflight("train", reads, config.out, workers=config.workers, cpus=1, gpus=int(config.gpu), disk=size)
     if not out.exists(DESCRIPTION):
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
         claim(out, "train", config, index.sha256)
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
-        worker_count(config.workers, gpu=config.gpu)
+        require_room(config.workers, cpus=1, gpus=int(config.gpu))
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
@@ -101,7 +106,7 @@ def _share(config: TrainConfig) -> dict[str, float]:
     """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets."""
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
-    share = min(nodes) // -(-config.workers // len(nodes))
+    share = min(nodes, default=1) // -(-config.workers // max(1, len(nodes)))
     return {"CPU": max(1, share), **({"GPU": 1} if config.gpu else {})}
 
 

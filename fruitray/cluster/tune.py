@@ -9,17 +9,20 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import layer_summary
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import claim, connect, open_output, require_ours, require_resources
+from fruitray.cluster.placement import require_room
+from fruitray.cluster.preflight import decoded_size, preflight
+from fruitray.cluster.runtime import claim, connect, open_output, require_ours
 from fruitray.cluster.trial import reason, run_trial
 from fruitray.config import TuneConfig
 from fruitray.console import LOG_INTERVAL_S, say
 from fruitray.errors import FruitrayError, TrialsFailedError, UsageError
-from fruitray.index import Index, read_index
+from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
 from fruitray.storage import Storage
@@ -29,16 +32,22 @@ from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, ta
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
 
+# Else Tune writes the driver's keys into every trial's runtime environment, which Ray shows and logs in clear.
+class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+
 
 def run(config: TuneConfig) -> str:
     """Run or resume the search; write `trials.parquet` and `best.json`; show the trials, best first."""
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "tune", config, index.sha256)
+    if config.dry_run:
+        reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.image_size)
+        return preflight("tune", reads, config.out, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial, disk=size)
     initial = _initial_models(config, out, index)
     claim(out, "tune", config, index.sha256)
     connect()
-    require_resources(config.cpus_per_trial, config.gpus_per_trial)
+    require_room(1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     if config.fit.augment in VARIANTS:
         for package in initial.values():
             gpu = config.gpus_per_trial > 0

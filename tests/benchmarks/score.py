@@ -7,7 +7,8 @@ server, start-up and commit included; `fruitray busy` is the same run without st
 is the same engine over ready tensors, in two processes. `report` is ImageFolder in one process (fp32, batch 8), `ray`
 the documented pattern of Ray Data (read_images, map_batches, write_parquet; fp32), and `timm` what timm's inference.py
 does (bf16, channels last, its loader); these three read local files, and only `PEERS_SEE` of the photos. `reading` is
-score with a model of no weight, `read_images` is Ray Data's reader from the same server.
+score with a model of no weight, `read_images` is Ray Data's reader from the same server. Last comes what used the CPUs
+during all of score, start-up included.
 """
 
 import argparse
@@ -17,12 +18,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import psutil
 import torch
 
 from fruitray.backbones import build
@@ -40,24 +46,67 @@ def fruitray(place: str, package: str, engine: str) -> dict[str, float]:
     """All of score, and its workers' busy time."""
     import ray
 
+    start_ray()
+    out = f"{place}-scores-{Path(package).name}-{engine}-{time.time_ns()}"
+    with _cpu_users() as users:
+        seconds, rows, busy = timed(place, package, out, engine)
+    ray.shutdown()
+    speeds = {"fruitray": rows / seconds, "fruitray busy": PROCESSES * rows / busy}
+    return speeds | {f"CPU of {user}": 1000 * used / rows for user, used in users.items()}
+
+
+def timed(place: str, package: str, out: str, engine: Any) -> tuple[float, int, float]:
+    """(seconds, rows, seconds that the workers were busy, together) of score on the Ray that runs."""
     from fruitray.cluster import score
     from fruitray.cluster.scorer import Work, score_shards
 
-    start_ray()
-    seen = Work()
+    seen: list[Work] = []
 
-    def remember(*given: Any) -> Any:
-        nonlocal seen
-        seen = score_shards(*given)
-        return seen
+    def remember(*given: Any) -> Work:
+        seen.append(score_shards(*given))
+        return seen[-1]
 
-    score.score_shards = remember
-    start = time.perf_counter()
-    out = f"{place}-scores-{Path(package).name}-{engine}-{time.time_ns()}"
-    score.run(ScoreConfig(package=package, images=(place,), out=out, engine=engine, workers=PROCESSES))  # type: ignore
-    seconds = time.perf_counter() - start
-    ray.shutdown()
-    return {"fruitray": seen.rows / seconds, "fruitray busy": PROCESSES * seen.rows / sum(seen.seconds.values())}
+    with mock.patch.object(score, "score_shards", remember):
+        start = time.perf_counter()
+        score.run(ScoreConfig(package=package, images=(place,), out=out, engine=engine, workers=PROCESSES))
+        seconds = time.perf_counter() - start
+    return seconds, seen[0].rows, sum(seen[0].seconds.values())
+
+
+USERS = {"weed": "the server", "fruitray.images:rgb": "decoders", "MapWorker": "workers", "ray": "Ray's own processes"}
+"""By a word in the command; the first that fits."""
+
+
+@contextmanager
+def _cpu_users() -> Iterator[dict[str, float]]:
+    """Yields seconds of CPU by user, of all processes there are meanwhile, known when the context ends."""
+    first, last, over, users = {}, {}, threading.Event(), Counter[str]()
+    begin = time.time()
+
+    def look() -> None:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                words, times = " ".join(process.cmdline()), process.cpu_times()
+                used, key = times.user + times.system, (process.pid, process.create_time())
+                first.setdefault(key, used if process.create_time() < begin else 0.0)
+                user = "the driver" if process.pid == os.getpid() else None
+                last[key] = user or next((user for word, user in USERS.items() if word in words), "others"), used
+
+    def watch() -> None:
+        while not over.wait(1):
+            look()
+
+    look()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield users
+    finally:
+        over.set()
+        watcher.join()
+        look()
+        for key, (user, used) in last.items():
+            users[user] += used - first[key]
 
 
 def reading(place: str, package: str, engine: str) -> dict[str, float]:
@@ -193,7 +242,8 @@ def measure(name: str, place: str, package: str, engine: str) -> dict[str, float
     return speeds
 
 
-def _save(folder: Path, config: ModelConfig) -> str:
+def save_fresh(folder: Path, config: ModelConfig) -> str:
+    """A package of a network with fresh weights."""
     model, _ = build(config, len(CLASSES))
     save_package(open_storage(str(folder)), model.eval(), config, CLASSES, {})
     return str(folder)
@@ -214,8 +264,8 @@ def main() -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         images = Path(arguments.images or (REAL if REAL.is_dir() else draw(scratch / "drawn", 1500)))
-        package = _save(scratch / "b2", ModelConfig(backbone="efficientnet_b2", weights="none", image_size=SIZE))
-        _save(scratch / "b2-tiny", ModelConfig(backbone="mlp", weights="none", image_size=32))
+        package = save_fresh(scratch / "b2", ModelConfig(backbone="efficientnet_b2", weights="none", image_size=SIZE))
+        save_fresh(scratch / "b2-tiny", ModelConfig(backbone="mlp", weights="none", image_size=32))
         files = sorted(path for path in images.rglob("*") if path.is_file())
         for path in files[:: max(1, len(files) // PEERS_SEE)]:
             some = scratch / "some" / path.relative_to(images)
@@ -238,7 +288,8 @@ def main() -> None:
 def _show(rounds: list[dict[str, float]], photos: int, engine: str) -> None:
     print(f"{photos:,} photos, engine {engine}, {PROCESSES} cores, median of {len(rounds)} rounds")
     for name in rounds[0]:
-        print(f"  {name:14} {statistics.median(speeds[name] for speeds in rounds):8.1f} images/s")
+        unit = "ms a photo" if name.startswith("CPU") else "images/s"
+        print(f"  {name:26} {statistics.median(speeds[name] for speeds in rounds):8.1f} {unit}")
     pairs = [("fruitray", other) for other in ("report", "ray", "timm", "bare")]
     for one, other in [*pairs, ("fruitray busy", "bare"), ("reading", "read_images")]:
         ratio = statistics.median(speeds[one] / speeds[other] for speeds in rounds)

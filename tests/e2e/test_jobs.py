@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,26 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from fruitray.package import load_package
-from fruitray.s3server import find_binary
+from fruitray.s3server import S3Server
 from fruitray.storage import LocalStorage, open_storage
 from fruitray.synthetic import photo_set
-from tests.cluster import ROOT, Cluster
+from tests.cluster import ROOT, Cluster, ray_head
 
 PER_CLASS = 20
 
 
-def submit(cluster: Cluster, job: str, *arguments: str) -> tuple[int, str]:
-    """(exit code, log) of `ray job submit --working-dir . -- python -m jobs.JOB arguments`."""
-    entrypoint = ["python", "-m", f"jobs.{job}", *arguments]
-    done = subprocess.run(
-        [find_binary("ray") or "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint],
-        cwd=ROOT,
-        env=cluster.environment | {"RAY_ADDRESS": cluster.dashboard},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture(scope="session")
+def cluster(s3: S3Server) -> Iterator[Cluster]:
+    """One that takes jobs."""
+    with ray_head(s3.environment, dashboard=True) as head:
+        yield head
 
 
 @pytest.fixture
@@ -60,9 +54,13 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(
         "export": ("--package", model, "--images", raw, "--out", f"s3://{aws}/export", "--format", "torch"),
     }
     for job, arguments in chain.items():
-        code, log = submit(cluster, job, *arguments)
+        code, log = cluster.submit(job, *arguments)
         assert code == 0, log
         assert f"{job}: " in log, "the closing line says what was written where"
+        if job not in ("verify", "export"):
+            told = json.loads(open_storage(arguments[arguments.index("--out") + 1]).read("status.json"))
+            assert (told["job"], told["state"], told["exit_code"]) == (job, "succeeded", 0)
+            assert told["said"] in log
 
     out = open_storage(scores)
     parts = sorted(entry.key for entry in out.list("data/"))
@@ -137,6 +135,6 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 def test_a_failing_job_is_reported_with_its_exit_code(
     cluster: Cluster, aws: str, job: str, arguments: tuple[str, ...], code: int
 ) -> None:
-    returned, log = submit(cluster, job, *(argument.format(bucket=aws) for argument in arguments))
+    returned, log = cluster.submit(job, *(argument.format(bucket=aws) for argument in arguments))
     assert returned == 1, "`ray job submit` knows only success and failure"
     assert re.search(rf"exit code {code}\b", log), log

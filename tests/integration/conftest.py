@@ -1,11 +1,10 @@
 """What several integration tests need beside a cluster and a storage."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -18,9 +17,10 @@ from fruitray.index import Index, read_index, write_index
 from fruitray.package import save_package
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
-from fruitray.synthetic import photo_set
+from fruitray.synthetic import LABELS, draw, photo_set
 from tests.cluster import Cluster, Nodes, ray_head
 from tests.conftest import new_bucket
+from tests.unit.runs import spread
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +64,8 @@ def _write(uri: str, photos: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def nodes(s3: S3Server) -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(prefix="fr-"))
-    try:
-        with ExitStack() as stack:
-            cluster = stack.enter_context(ray_head(folder, s3.environment, cpus=0))
-            yield Nodes(cluster, stack, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        yield Nodes(stack.enter_context(ray_head(s3.environment, cpus=0)), stack)
 
 
 SCORED = 240
@@ -112,7 +107,15 @@ def fill_scorable(root: str) -> None:
 
 
 def save_untrained(uri: str) -> None:
-    """A package of a network that nobody has trained."""
+    """A package of a network that nobody has trained, but whose answers differ from photo to photo, as those of a fresh
+    one do not: its batch norms have seen photos, and its head is scaled to what comes out of them."""
     config = ModelConfig(backbone="mobilenet_v2", weights="none", image_size=96)
     model, _ = build(config, classes=3)
-    save_package(open_storage(uri), model.eval(), config, ("cherry", "strawberry", "tomato"), {})
+    drawn = [np.asarray(draw(LABELS[number % 3], number, (96, 96))) for number in range(30)]
+    squares = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    for norm in [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
+        norm.momentum = None  # an average over all that it sees
+    with torch.no_grad():
+        model.train()(squares)
+    spread(model.eval(), squares, 0.5)
+    save_package(open_storage(uri), model, config, ("cherry", "strawberry", "tomato"), {})

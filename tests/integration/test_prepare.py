@@ -116,7 +116,10 @@ def test_a_class_of_unreadable_photos_is_refused_and_the_audit_kept(
     write(raw, {f"kiwi/{number}.jpg": b"no photo" for number in range(3)})
     code, printed = cluster.run("prepare", "--images", str(raw), "--out", str(tmp_path / "index"))
     assert (code, "kiwi: 0 train + 0 val, 3 not usable" in printed, "E_NOT_IMAGE" in printed) == (2, True, True)
-    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["audit.json"]
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["audit.json", "status.json"]
+    told = json.loads((tmp_path / "index" / "status.json").read_text())
+    assert (told["job"], told["state"], told["exit_code"]) == ("prepare", "failed", 2)
+    assert told["said"] in printed
 
 
 def test_an_earlier_index_elsewhere_spares_the_reading(raw: Path, tmp_path: Path, cluster: Cluster) -> None:

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.cluster.scorer import Scorer
 from fruitray.commit import PLAN, verify
-from fruitray.errors import ImageError
+from fruitray.config import ScoreConfig
+from fruitray.errors import ImageError, NotFoundError
 from fruitray.images import decode
+from fruitray.inputs import list_inputs
 from fruitray.package import load_package
 from fruitray.predictor import Predictor
 from fruitray.s3server import S3Server
@@ -43,7 +46,24 @@ def test_the_rows_are_what_the_predictor_says_in_this_process(scorable: str) -> 
         row = rows[f"{scorable}/raw/{key}"]
         assert (row["status"], row["error_code"]) == (prediction.status, prediction.error_code)
         if prediction.status == "ok":
-            assert row["confidence"] == pytest.approx(prediction.confidence, abs=1e-2)
+            scores = dict(zip(prediction.top_labels or (), prediction.top_scores or (), strict=True))
+            assert dict(zip(row["top_labels"], row["top_scores"], strict=True)) == pytest.approx(scores, abs=1e-2)
+    assert len({row["label"] for row in rows.values()}) == 4, "three classes, and none for errors"
+
+
+def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: Path) -> None:
+    save_untrained(str(tmp_path / "model"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_bytes(_good_photo())
+    config = ScoreConfig(
+        package=str(tmp_path / "model"), images=(str(photos),), out=str(tmp_path / "out"), dry_run=True
+    )
+    shard = list_inputs(config.images)[0].append_column("part", pa.array(["0"]))
+    assert Scorer(config, "eager", cpus=1)(shard)["errors"].to_pylist() == [0]
+    photos.rename(tmp_path / "elsewhere")
+    with pytest.raises(NotFoundError, match="photos"):
+        Scorer(config, "eager", cpus=1)(shard)
 
 
 def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Cluster, scorable: str) -> None:
@@ -54,6 +74,10 @@ def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Clust
     seconds = float(printed.split("would take about ")[1].split(" s")[0])
     cost = float(printed.split("and cost ")[1].split(",")[0])
     assert cost == pytest.approx(seconds, abs=0.6)
+    code, printed = cluster.run(
+        "score", *score_arguments(scorable, "dry"), "--dry-run", "--previous", f"{scorable}/calm"
+    )
+    assert (code, "nothing is left to score" in printed) == (0, True), printed
     assert list(open_storage(f"{scorable}/dry").list()) == []
 
 

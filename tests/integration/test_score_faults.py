@@ -3,18 +3,23 @@
 `pytest tests/integration/test_score_faults.py --rounds 30` kills three hundred times.
 """
 
+import json
 import os
 import random
 import signal
 import subprocess
 import time
+import zlib
 
 import pytest
 
 from fruitray.commit import SUCCESS, verify
+from fruitray.errors import TryAgainError
+from fruitray.s3server import S3Server
 from fruitray.storage import Storage, open_storage
-from tests.cluster import Cluster, Nodes
+from tests.cluster import Cluster, Nodes, ray_head
 from tests.integration.conftest import SCORED, score_arguments
+from tests.trouble import trouble_before
 
 KILLS = ["worker"] * 5 + ["decoder"] * 2 + ["driver"] * 2 + ["node"]
 """Of one round."""
@@ -40,13 +45,17 @@ def _wait_for_more(out: Storage, job: subprocess.Popen[str]) -> bool:
 
 
 def _kill(what: str, nodes: Nodes, job: subprocess.Popen[str], choice: random.Random) -> None:
-    words = {"worker": "_Scorer", "decoder": "fruitray.images:rgb"}
+    words = {"worker": "Scorer", "decoder": "fruitray.images:rgb"}
     if what == "node":
         nodes.replace()
     elif what == "driver":
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate(timeout=60)
-    elif there := nodes.cluster.processes(words[what]):
+    else:
+        deadline = time.monotonic() + 60
+        while not (there := nodes.cluster.processes(words[what])):
+            assert time.monotonic() < deadline, f"no {what} to kill"
+            time.sleep(0.1)
         choice.choice(there).kill()
 
 
@@ -92,6 +101,56 @@ def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorab
     os.killpg(job.pid, signal.SIGINT)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 130, printed
+    told = json.loads(out.read("status.json"))
+    assert (told["state"], told["progress"]["total"]) == ("interrupted", SCORED)
     code, printed = cluster.run("score", *score_arguments(scorable, "stopped"))
     assert (code, "were committed before" in printed) == (0, True), printed
     assert len(verify(out)) == SCORED // 2
+
+
+def _moody(method: str, path: str, before: int) -> str:
+    """One part is refused once; a fifth of all else goes wrong at first."""
+    if before:
+        return ""
+    key = path.split("/", 2)[-1]  # without the bucket, whose name is another each time
+    mood = zlib.crc32(key.encode()) % 100
+    if method == "PUT":
+        return "denied" if "part-000040" in key else "lost" if mood < 20 else ""
+    return "stall" if mood < 1 else "busy" if mood < 10 else "short" if mood < 20 and method == "GET" else ""
+
+
+def test_a_store_that_misbehaves_is_told_and_costs_only_time(s3: S3Server, cluster: Cluster, scorable: str) -> None:
+    told, runs = "", 0
+    with trouble_before(s3.environment["AWS_ENDPOINT_URL"], _moody) as (endpoint, made):
+        while runs < 5 and not open_storage(f"{scorable}/troubled").exists(SUCCESS):
+            arguments, runs = score_arguments(scorable, "troubled"), runs + 1
+            job = cluster.start_apart("score", *arguments, cpus=2, AWS_ENDPOINT_URL=endpoint)
+            printed, _ = job.communicate(timeout=300)
+            assert "Traceback" not in printed
+            told += printed
+    assert {"busy", "denied", "short", "stall", "lost"} <= made.keys()
+    assert "part-000040.parquet: access denied" in told
+    assert _hashes(f"{scorable}/troubled") == _hashes(f"{scorable}/calm")
+
+
+def test_killed_before_and_after_everything_asked_of_the_store(
+    s3: S3Server, cluster: Cluster, scorable: str, request: pytest.FixtureRequest
+) -> None:
+    """Whoever asks, the first two times: a worker, and the job goes on, or the driver, and it is run again."""
+    if request.config.getoption("--rounds") == 1:
+        pytest.skip("takes minutes: `make chaos` runs it")
+    some = [entry.key for entry in open_storage(f"{scorable}/raw").list()][:6]
+    for key in some:
+        open_storage(f"{scorable}/some").write(key, open_storage(f"{scorable}/raw").read(key))
+    arguments = ["--package", f"{scorable}/model", "--images", f"{scorable}/some", "--shard-rows", "3"]
+    code, printed = cluster.run("score", *arguments, "--out", f"{scorable}/some-calm")
+    assert code == 0, printed
+    kinds = ("kill before", "kill after")
+    trouble = trouble_before(s3.environment["AWS_ENDPOINT_URL"], lambda *asked: (*kinds, "")[min(asked[-1], 2)])
+    with trouble as (endpoint, made), ray_head(s3.environment | {"AWS_ENDPOINT_URL": endpoint}, cpus=1) as mortal:
+        code = -signal.SIGKILL
+        while code in (-signal.SIGKILL, TryAgainError.exit_code):
+            code, printed = mortal.run("score", *arguments, "--out", f"{scorable}/some-killed")
+    assert code == 0, printed
+    assert made["kill before"] == made["kill after"] > 20
+    assert _hashes(f"{scorable}/some-killed") == _hashes(f"{scorable}/some-calm")

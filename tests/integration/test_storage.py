@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from fruitray.errors import (
 )
 from fruitray.s3server import free_ports
 from fruitray.storage import LocalStorage, Storage, open_file, open_storage
+from tests.trouble import serving
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -432,7 +433,6 @@ Stubborn = Callable[..., list[tuple[str, dict[str, str]]]]
 @pytest.fixture
 def stubborn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
     """Lead AWS to a server that gives the replies in turn, then the last one for ever; returns what it was asked."""
-    servers = []
 
     def start(*replies: Reply) -> list[tuple[str, dict[str, str]]]:
         asked: list[tuple[str, dict[str, str]]] = []
@@ -455,17 +455,11 @@ def stubborn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
 
             def log_message(self, *_: object) -> None: ...
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        lead_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+        lead_to(servers.enter_context(serving(Handler)), monkeypatch)
         return asked
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield start
 
 
 def lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +509,10 @@ def test_another_version_is_noticed_where_the_store_ignores_the_condition(stubbo
 
 REFUSALS = [
     (404, "NoSuchKey", NotFoundError),
-    (404, "NoSuchBucket", NotFoundError),
+    (404, "NoSuchBucket", EndpointError),
+    (401, "Unauthorized", CredentialsError),
+    (400, "TokenRefreshRequired", CredentialsError),
+    (403, "AccountProblem", CredentialsError),
     (412, "PreconditionFailed", ChangedError),
     (403, "AccessDenied", AccessDeniedError),
     (403, "AllAccessDisabled", AccessDeniedError),

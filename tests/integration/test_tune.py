@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 from fruitray.index import read_index
 from fruitray.storage import open_storage
-from tests.cluster import Cluster
+from tests.cluster import Cluster, wait_for
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
 
@@ -38,14 +37,6 @@ def _reports(place: str) -> list[list[dict[str, Any]]]:
 
 def _checkpoints(place: str) -> list[str]:
     return [entry.key for entry in open_storage(f"{place}/tune/_ray").list() if entry.key.endswith("checkpoint.pt")]
-
-
-def _wait_for(what: Any, seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    return found
 
 
 def test_a_trial_that_fails_says_why_and_the_others_go_on(cluster: Cluster, place: str, weights: Path) -> None:
@@ -81,8 +72,8 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str
     """And when all is done, no checkpoint takes up space."""
     options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     job = cluster.start(*_tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter"))
-    _wait_for(lambda: _checkpoints(place))
-    [before] = _wait_for(lambda: _reports(place))
+    wait_for(lambda: _checkpoints(place))
+    [before] = wait_for(lambda: _reports(place))
     os.kill(before[-1]["pid"], signal.SIGKILL)
     printed, _ = job.communicate(timeout=400)
     assert job.returncode == 0, printed
@@ -100,7 +91,7 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
     job = cluster.start(*command)
-    _wait_for(lambda: _checkpoints(place))
+    wait_for(lambda: _checkpoints(place))
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
     code, printed = cluster.run(*command)

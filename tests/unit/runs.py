@@ -60,12 +60,17 @@ def network(config: ModelConfig = CONFIG) -> Classifier:
     model, size = build(config, 3)[0].eval(), config.image_size
     assert isinstance(size, int)
     photos = [decode(jpeg(draw(LABELS[number % 3], number, (size, size)))) for number in range(9)]
+    spread(model, torch.stack([torch.tensor(photo.pixels) for photo in photos]), 4)
+    return model
+
+
+def spread(model: Classifier, photos: torch.Tensor, deviation: float) -> None:
+    """Scale the last layer so that over `photos` each logit has mean 0 and this standard deviation."""
     with torch.no_grad():
-        logits = model(torch.stack([torch.tensor(photo.pixels) for photo in photos]))
-        scale, last = 4 / logits.std(dim=0), model.head[-1]
+        logits, last = model(photos), model.head[-1]
+        scale = deviation / logits.std(dim=0)
         last.weight *= scale[:, None]
         last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
-    return model
 
 
 def jpeg(image: Image.Image) -> bytes:

@@ -41,6 +41,7 @@ def work(rank: int, folder: str, affine: bool) -> None:
     module = network(affine)
     train(Synchronised(module), module.parameters(), SHARES[rank], len(SHARES))
     torch.save(module.state_dict(), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()  # its threads may hold tensors: left to the interpreter's end, they can abort it
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -101,6 +101,13 @@ def test_train_starts_from_what_suits_or_from_a_recipe(options: str, expected: d
         (("prepare", "--images", "ftp://host/x", "--out", "{tmp}/out"), 2, "s3://bucket/prefix"),
         (("train", "--index", "{tmp}", "--out", "{tmp}/m", "--config", "{tmp}/absent.json"), 6, "absent.json"),
         (("score", "--package", "{tmp}", "--images", "{tmp}", "--out", "{tmp}-out"), 7, "no model package"),
+        (("score", "--package", "x", "--images", "y", "--out", "z", "--retry-errors"), 2, "needs --previous"),
+        (
+            ("score", "--package", "x", "--images", "y", "--out", "z", "--cost-per-hour", "-1"),
+            2,
+            "must not be negative",
+        ),
+        (("score", "--package", "x", "--images", "y", "{tmp}", "--out", "{tmp}/o"), 2, "must not lie inside"),
         (("verify", "--out", "{tmp}"), 6, "score has not written here"),
     ],
 )

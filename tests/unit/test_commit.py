@@ -37,7 +37,7 @@ from fruitray.commit import (
     verify,
     write_plan,
 )
-from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError
+from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.index import label_of
 from fruitray.inputs import INPUTS
 from fruitray.inputs import entries as entries_of
@@ -775,6 +775,13 @@ def test_partitioned_by_folder_no_part_holds_photos_of_two(tmp_path: Path) -> No
     found = pq.read_table(tmp_path / "data", partitioning="hive").to_pylist()
     folders = {row["uri"].removeprefix(f"{IMAGES}/"): row["folder"] for row in found}
     assert folders == {key: label_of(key) for key in keys}
+
+
+def test_a_label_that_can_name_no_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = LocalStorage(str(tmp_path))
+    with pytest.raises(UsageError, match="too long"):
+        write_plan(out, SETTINGS, table([Entry("果" * 30 + "/1.jpg", 1, "v1")]), 3, partitioned=True)
+    assert list(out.list()) == []
 
 
 def test_rows_with_embeddings_say_so_in_their_columns_and_their_origin_in_their_schema() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fruitray.backbones import build
+from fruitray.backbones import Classifier, build, fast_in_bfloat16
 from fruitray.config import ModelConfig
 from fruitray.engines import TOLERANCE, Engine, fold_batch_norm, make_engine, pick_engine
 from fruitray.errors import UsageError
+from fruitray.preprocess import Preprocessing
 from tests.unit.runs import CONFIG, network
 
 CPU = torch.device("cpu")
@@ -65,6 +66,32 @@ def test_an_engine_that_says_something_else_is_replaced_by_plain_pytorch(photos:
     with torch.inference_mode():
         torch.testing.assert_close(engine(photos)[0], model(photos))
     assert "float32" in engine.name
+
+
+class Untraceable(nn.Module):
+    """Goes another way where it is traced."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            raise RuntimeError("not like this")
+        return inputs.mean(dim=(2, 3))
+
+
+@needs_openvino
+def test_a_network_that_an_engine_cannot_take_is_computed_by_plain_pytorch(photos: torch.Tensor) -> None:
+    model = Classifier(Untraceable(), nn.Linear(3, 3), Preprocessing(size=64)).eval()
+    engine = make_engine("openvino", model, CPU)
+    assert engine.name == "eager in float32, for openvino cannot compute this network"
+    model.full_precision = True
+    with torch.inference_mode():
+        torch.testing.assert_close(engine(photos)[0], model(photos))
+
+
+@pytest.mark.skipif(not fast_in_bfloat16(CPU), reason="needs a CPU with bfloat16, which rounds")
+def test_scores_are_compared_as_they_are_calibrated() -> None:
+    model = network()
+    assert make_engine("eager", model, CPU, temperature=50).name == "eager in bfloat16"
+    assert make_engine("eager", model, CPU, temperature=1).name.startswith("eager in float32")
 
 
 @pytest.mark.parametrize(

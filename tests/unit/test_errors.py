@@ -1,5 +1,6 @@
 """Behaviour of the errors: one sentence each, the documented exit code, and safe passage between processes."""
 
+import copy
 import pickle
 import traceback
 
@@ -56,6 +57,8 @@ def test_an_error_is_one_sentence_that_names_its_fields(error: FruitrayError, ex
 @each_error
 @pytest.mark.parametrize("pickler", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
 def test_an_error_crosses_processes_whole(pickler: object, error: FruitrayError, exit_code: int, named: object) -> None:
+    error = copy.copy(error)
+    error.args = ("words that a library on the way adds",)
     arrived = pickle.loads(pickler.dumps(error))  # type: ignore[attr-defined]
     assert type(arrived) is type(error)
     assert (str(arrived), arrived.exit_code) == (str(error), exit_code)
@@ -81,3 +84,10 @@ def test_a_job_can_catch_all_refusals_of_storage_at_once() -> None:
     assert {type(error) for error in refusals} == subclasses(errors.StorageError)
     assert issubclass(errors.CredentialsError, errors.AccessDeniedError)
     assert not issubclass(errors.TryAgainError, errors.StorageError)  # the one that asks for patience, not for a fix
+
+
+def test_an_error_in_the_making_of_a_ray_actor_is_found() -> None:
+    exceptions = pytest.importorskip("ray.exceptions", reason="Ray is not installed")
+    ours = errors.TryAgainError(URI, "answers 503")
+    died = exceptions.ActorDiedError.from_task_error(exceptions.RayTaskError("__init__", "Traceback", ours))
+    assert str(errors.find_ours(died)) == str(ours)

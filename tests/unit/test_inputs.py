@@ -3,14 +3,14 @@
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from fruitray.errors import NotFoundError, UsageError
+from fruitray.errors import CredentialsError, NotFoundError, UsageError
 from fruitray.inputs import INPUTS, entries, list_inputs, uris
 from fruitray.storage import LocalStorage
 from tests.unit.runs import write_photos_and_index
@@ -72,6 +72,29 @@ def test_a_list_names_photos_anywhere(photos: Path, name: str) -> None:
     assert sizes == {"3.jpg": 12, "1.jpg": 11, "2.jpg": 11, "gone.jpg": 0}
 
 
+def test_a_csv_is_read_word_for_word(photos: Path) -> None:
+    (photos / "some.csv").write_text('uri,label,bytes\n001,007,\n"1.0",,3\n')
+    table, _ = list_inputs([str(photos / "some.csv")])
+    assert (table["key"].to_pylist(), table["label"].to_pylist()) == (["001", "1.0"], ["007", None])
+
+
+def test_a_version_is_the_same_in_quotes_and_a_blank_one_is_looked_up(photos: Path) -> None:
+    path = photos / "raw" / "a" / "1.jpg"
+    (photos / "some.csv").write_text(f'uri,etag,bytes\n{path},"""v1""",3\n{photos}/raw/b/2.jpg,,3\n')
+    [first, second] = [entry for _, entry in entries(list_inputs([str(photos / "some.csv")])[0])]
+    assert first.etag == "v1"
+    assert second == LocalStorage(str(photos / "raw" / "b")).stat("2.jpg")
+
+
+def test_wrong_keys_end_the_planning(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LocalStorage, key: str) -> NoReturn:
+        raise CredentialsError(self.uri_of(key), "the secret key is wrong")
+
+    monkeypatch.setattr(LocalStorage, "stat", refuse)
+    with pytest.raises(CredentialsError):
+        list_inputs([write_list(photos / "some.csv", uri=[str(photos / "raw" / "a" / "1.jpg")])])
+
+
 def test_a_list_does_not_make_a_symlink_a_file(photos: Path) -> None:
     os.symlink(photos / "raw" / "loose.jpg", photos / "link.jpg")
     path = write_list(photos / "some.parquet", uri=["link.jpg"], bytes=[13], etag=["x"])
@@ -116,3 +139,12 @@ def test_a_place_that_is_not_there_is_named(tmp_path: Path) -> None:
     for place in ("nowhere", "nowhere.csv"):
         with pytest.raises(NotFoundError, match=place):
             list_inputs([str(tmp_path / place)])
+
+
+def test_a_name_with_a_newline_is_one_name_wherever_a_block_ends(tmp_path: Path) -> None:
+    others = "".join(f"/{'x' * 250}{number:04d}.jpg\n" for number in range(4000))
+    short = 2**20 - len(f'uri\n{others}/.jpg\n"one\n')  # of the mebibyte that Arrow reads at a time
+    for more in range(short - 12, short + 12, 3):
+        (tmp_path / "some.csv").write_text(f'uri\n{others}/{"y" * more}.jpg\n"one\ntwo.jpg"\nlast.jpg\n')
+        table, _ = list_inputs([str(tmp_path / "some.csv")])
+        assert table["key"].to_pylist()[-2:] == ["last.jpg", "one\ntwo.jpg"], more

@@ -108,7 +108,7 @@ def test_predictions_are_those_of_the_model(package: Path, files: list[bytes]) -
 
 def test_a_temperature_changes_confidences_and_no_labels(tmp_path: Path, package: Path, files: list[bytes]) -> None:
     save(tmp_path / "cooler", Inference(temperature=2.0, threshold=0.5))
-    plain, cooler = predict(package, files), predict(tmp_path / "cooler", files)
+    plain, cooler = (predict(uri, files, full_precision=True) for uri in (package, tmp_path / "cooler"))
     assert verdicts(cooler) == verdicts(plain), "the threshold, too, changes none"
     for before, after in zip(plain, cooler, strict=True):
         roots = torch.tensor(before.top_scores).sqrt()  # softmax(logits / 2), before it is divided by its sum

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from fruitray.commit import commit, part_key, read_shards, write_plan
-from fruitray.errors import NotFoundError, UsageError
+from fruitray.errors import NotFoundError, OutputConflictError, UsageError
 from fruitray.reuse import Earlier
 from fruitray.storage import Entry, LocalStorage
 from tests.unit.test_commit import SETTINGS, commit_shard, drive, inputs, listed, rows_of, table
@@ -34,6 +35,12 @@ def test_what_is_the_same_version_is_known(earlier: Earlier) -> None:
     changed = [replace(entry, etag="newer") if entry.key == "apple/2.jpg" else entry for entry in inputs()]
     assert known(earlier, changed) == [key for key in before if key != "apple/2.jpg"]
     assert known(earlier, [Entry("pear/0.jpg", 100, "v0")]) == [], "the same version of another photo"
+
+
+def test_a_version_that_nobody_knows_is_not_the_same(tmp_path: Path) -> None:
+    blank = [replace(entry, etag="") for entry in inputs()]
+    drive(LocalStorage(str(tmp_path)), entries=blank)
+    assert known(Earlier(str(tmp_path)), blank) == []
 
 
 def test_errors_are_tried_again_where_that_is_wanted(earlier: Earlier) -> None:
@@ -73,3 +80,24 @@ def test_rows_taken_over_are_committed_as_any_others(earlier: Earlier, tmp_path:
     assert key == part_key(0)
     commit(out, plan, key, shard, earlier.rows(shard))
     assert rows_of(out) == rows_of(LocalStorage(str(tmp_path)))
+
+
+@pytest.mark.parametrize("code", ["E_SRC_GONE", "E_TIMEOUT", "E_DECODE_CRASH", "E_TRUNCATED"])
+def test_errors_that_may_pass_are_always_tried_again(tmp_path: Path, code: str) -> None:
+    drive(LocalStorage(str(tmp_path)))
+    [part] = [path for path in sorted((tmp_path / "data").iterdir()) if "000000" in path.name]
+    table = pq.read_table(part)
+    codes = [code if found else None for found in table["error_code"].to_pylist()]
+    place = table.schema.get_field_index("error_code")
+    pq.write_table(table.set_column(place, table.schema.field(place), [codes]), part)
+    left = [entry.key for entry in inputs() if entry.key not in known(Earlier(str(tmp_path)), inputs())]
+    assert left == ([] if code == "E_TRUNCATED" else ["apple/0.jpg"])
+
+
+def test_a_file_among_the_parts_that_is_none_is_named(tmp_path: Path) -> None:
+    drive(LocalStorage(str(tmp_path)))
+    (tmp_path / "data" / "._part-000000.parquet").write_bytes(b"a Mac leaves such")
+    assert len(known(Earlier(str(tmp_path)), inputs())) == len(inputs())
+    (tmp_path / "data" / "other.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(OutputConflictError, match=r"other\.parquet"):
+        known(Earlier(str(tmp_path)), inputs())

@@ -1,0 +1,100 @@
+"""Jobs on three nodes, each of which may be lost at any moment; and what a dry run says of them before."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import psutil
+import pytest
+
+from fruitray.commit import verify
+from fruitray.package import load_package
+from fruitray.s3server import S3Server
+from fruitray.storage import open_storage
+from tests.cluster import Cluster, ray_head, ray_node, wait_for
+
+NETWORK = ("--image-size", "64", "--augment", "mirror", "--patience", "999")
+
+
+@pytest.fixture(scope="module")
+def three(s3: S3Server) -> Iterator[tuple[Cluster, Callable[[], psutil.Process]]]:
+    """A head without CPUs and three nodes with one each; and what adds another such node."""
+    with ExitStack() as stack:
+        head = stack.enter_context(ray_head(s3.environment, cpus=0))
+
+        def add() -> psutil.Process:
+            return stack.enter_context(ray_node(head, cpus=1))
+
+        for _ in range(3):
+            add()
+        yield head, add
+
+
+def _has(uri: str, word: str, count: int = 1) -> bool:
+    """Whether so many objects there have the word in their key."""
+    return sum(word in entry.key for entry in open_storage(uri).list()) >= count
+
+
+def test_a_node_is_lost_in_every_phase_and_all_ends_verified(
+    three: tuple[Cluster, Callable[[], psutil.Process]], place: str
+) -> None:
+    cluster, add = three
+    index, raw, tune, model, scores = (f"{place}/{name}" for name in ("index", "raw", "tune", "model", "scores"))
+    search = ("--backbones", "cnn", "--trials", "2", "--scheduler", "none", "--epochs", "120", *NETWORK)
+    final = (
+        "--backbone",
+        "cnn_bn",
+        "--workers",
+        "2",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "4",
+        "--checkpoint-minutes",
+        "0",
+    )
+    phases = {  # what is run, the word in a worker's command, and what it has done before its node is lost
+        "tune": (("--index", index, "--out", tune, *search), "ImplicitFunc", lambda: _has(tune, "checkpoint.pt")),
+        "train": (
+            ("--index", index, "--out", model, *final, *NETWORK),
+            "RayTrainWorker",
+            lambda: _has(model, "checkpoints/"),
+        ),
+        "score": (
+            ("--package", model, "--images", raw, "--out", scores, "--shard-rows", "2"),
+            "MapWorker",
+            lambda: _has(scores, "data/part-", 3),
+        ),
+    }
+    for job, (arguments, word, under_way) in phases.items():
+        running = cluster.start(job, *arguments)
+        wait_for(lambda: under_way() or running.poll() is not None)  # noqa: B023
+        assert running.poll() is None, running.communicate()[0]
+        workers = cluster.processes(word)
+        nodes = {worker.ppid() for worker in workers}
+        assert len(nodes) >= 2, f"{job} is on one node only"
+        psutil.Process(nodes.pop()).kill()
+        printed, _ = running.communicate(timeout=400)
+        assert running.returncode == 0, printed
+        add()
+    assert load_package(model).description["epochs"] == 4
+    assert sum(part.rows for part in verify(open_storage(scores))) == 60
+
+
+def test_a_dry_run_says_whether_the_nodes_can_do_it_and_writes_nothing(
+    three: tuple[Cluster, Callable[[], psutil.Process]], place: str
+) -> None:
+    cluster, _ = three
+    index, out = f"{place}/index", f"{place}/dry"
+    code, printed = cluster.run("prepare", "--images", f"{place}/raw", "--out", out, "--dry-run")
+    assert (code, "4 nodes reach all of it and have room" in printed) == (0, True), printed
+    train = ("train", "--index", index, "--out", out, "--backbone", "cnn", "--dry-run")
+    code, printed = cluster.run(*train, "--workers", "9")
+    assert (code, "9 workers" in printed, "have room for 3" in printed) == (2, True, True), printed
+    code, printed = cluster.run(*train, "--workers", "9", FRUITRAY_GROWING_CLUSTER="1")
+    assert (code, "6 of 9 workers wait for nodes" in printed) == (0, True), printed
+    code, printed = cluster.run(*train, "--image-size", "300000")
+    assert (code, "decoded photos need" in printed) == (75, True), printed
+    tune = ("tune", "--index", index, "--out", out, "--backbones", "cnn", "--dry-run")
+    code, printed = cluster.run(*tune, "--gpus-per-trial", "0.5")
+    assert (code, "1 CPUs and 0.5 GPUs" in printed) == (2, True), printed
+    assert list(open_storage(out).list()) == []

@@ -1,0 +1,72 @@
+"""What a job says of itself beside its output."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fruitray import status
+from fruitray.console import progress
+from fruitray.errors import AccessDeniedError
+from fruitray.storage import LocalStorage, Storage, open_storage
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path))
+
+
+def told(out: Storage) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.read("status.json"))
+    return found
+
+
+def test_a_job_under_way_tells_how_far_it_is(out: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "INTERVAL_S", 0.01)
+    with status.of("score") as job:
+        status.begin(out)
+        first = told(out)
+        assert (first["job"], first["state"], first["progress"]) == ("score", "running", {})
+        assert first["versions"].keys() >= {"fruitray", "python", "ray", "torch"}
+        with progress("predict", 40, "photos") as advance:
+            advance(3)
+            deadline = time.monotonic() + 10
+            while (step := told(out)["progress"]).get("done") != 3:
+                assert time.monotonic() < deadline
+        assert step == {"step": "predict", "done": 3, "total": 40, "unit": "photos"}
+        job.end(0, "score: all is well")
+    last = told(out)
+    assert (last["state"], last["exit_code"], last["said"]) == ("succeeded", 0, "score: all is well")
+    assert last["started"] == first["started"] <= last["updated"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("a slip"), {"state": "failed", "exit_code": 1, "said": "ValueError: a slip"}),
+        (KeyboardInterrupt(), {"state": "interrupted", "exit_code": 130, "said": "interrupted"}),
+        (SystemExit(15), {"state": "interrupted", "exit_code": 130, "said": "interrupted"}),
+    ],
+)
+def test_what_breaks_a_job_off_is_told(out: Storage, error: BaseException, expected: dict[str, Any]) -> None:
+    def broken() -> None:
+        with status.of("score"):
+            status.begin(out)
+            raise error
+
+    with pytest.raises(type(error)):
+        broken()
+    assert told(out).items() >= expected.items()
+
+
+def test_a_place_that_takes_no_status_fails_no_job(tmp_path: Path) -> None:
+    class Full(LocalStorage):
+        def write(self, key: str, data: bytes) -> None:
+            raise AccessDeniedError(self.uri_of(key), "the disk is full")
+
+    with status.of("score") as job:
+        status.begin(Full(str(tmp_path)))
+        job.end(0, "done")
+    assert not list(tmp_path.iterdir())
