@@ -22,8 +22,11 @@ lint: install
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-unit integration e2e: install
+unit integration: install
 	$(RUN) pytest -n 2 --dist worksteal tests/$@
+
+e2e: install
+	$(RUN) pytest -n 2 --dist loadfile tests/$@
 
 chaos: install
 	$(RUN) pytest tests/integration/test_train_faults.py --rounds 4 --timeout 7200

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,16 +18,12 @@ import torch.nn.functional as F
 from fruitray.augment import augment, copies, mix, mixes
 from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
+from fruitray.machine import cache_folder
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, Storage
 from fruitray.transforms import Numbers
 
 CPU = torch.device("cpu")
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps decoded photos: $FRUITRAY_CACHE, else a folder of the user's in the temporary one."""
-    return Path(os.environ.get("FRUITRAY_CACHE") or Path(tempfile.gettempdir()) / f"fruitray-cache-{os.getuid()}")
 
 
 def squares(storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> Iterator[torch.Tensor]:

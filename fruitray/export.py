@@ -25,7 +25,8 @@ from torch.export import Dim, ExportedProgram
 from fruitray.backbones import Classifier
 from fruitray.errors import ExportError, ImageError, NoInputError, OutputConflictError, UsageError
 from fruitray.images import decode, fetch, list_images
-from fruitray.package import Package, versions
+from fruitray.machine import versions
+from fruitray.package import Package
 from fruitray.preprocess import Preprocessing, stack
 from fruitray.storage import Storage
 from fruitray.synthetic import LABELS, draw

@@ -10,24 +10,19 @@ refused, the ones that no scorer reads, too: figures of another model are as wro
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
-import numpy
-import PIL
-import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-import fruitray
 from fruitray.backbones import Classifier, skeleton
 from fruitray.config import ModelConfig
 from fruitray.errors import ModelRejectedError, NotFoundError
 from fruitray.inference import UNCALIBRATED, Inference
+from fruitray.machine import versions
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Storage, open_storage
 
@@ -157,15 +152,3 @@ def _load_weights(uri: str, model: Classifier, data: bytes) -> None:
         raise ModelRejectedError(uri, "does not hold the weights of this model") from error
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise ModelRejectedError(uri, "holds weights that are no numbers")
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a prediction."""
-    return {
-        "fruitray": fruitray.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": metadata.version("torchvision"),  # importing it takes a second
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-    }

@@ -8,7 +8,6 @@ line of the job. One that was killed says `running` for ever: its `updated` stan
 """
 
 import json
-import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,20 +18,20 @@ from typing import Any
 
 from fruitray import console
 from fruitray.errors import FruitrayError
+from fruitray.machine import versions
 from fruitray.storage import Storage
 
 KEY = "status.json"
 INTERVAL_S = 10.0
 INTERRUPTED = 130
-PACKAGES = ("fruitray", "ray", "torch", "torchvision")
 
 
 class Status:
     """How one job fares."""
 
     def __init__(self, job: str) -> None:
-        versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
-        self._facts: dict[str, Any] = {"job": job, "started": _now(), "versions": versions}
+        there = versions() | {"ray": metadata.version("ray")}
+        self._facts: dict[str, Any] = {"job": job, "started": _now(), "versions": there}
         self._out: Storage | None = None
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True)

@@ -18,7 +18,8 @@ from fruitray.s3server import HOST, find_binary, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY = find_binary("ray") or "ray"
-READY_WITHIN_S = 60
+PATIENCE_S = 900
+"""Longer than anything takes, also where others work beside: what is only slow has not failed."""
 QUICKER = {
     "RAY_worker_niceness": "0",  # else a test's workers wait for another test's driver
     "RAY_health_check_period_ms": "500",
@@ -77,24 +78,29 @@ class Cluster:
 
     def run(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
         """(exit code, all it printed) of a job."""
-        process = self.start(job, *arguments, folder=folder, **environment)
-        printed, _ = process.communicate(timeout=300)
-        return process.returncode, printed
+        return end_of(self.start(job, *arguments, folder=folder, **environment))
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
-    """Until `what` answers something true, which is answered here."""
-    deadline = time.monotonic() + seconds
+def end_of(job: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit code, all it printed) of a job that was started."""
+    printed, _ = job.communicate(timeout=PATIENCE_S)
+    return job.returncode, printed
+
+
+def wait_for(what: Callable[[], Any], job: subprocess.Popen[str] | None = None) -> Any:
+    """Until `what` answers something true, which is answered here; `job` must not have ended before."""
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := what()):
+        assert job is None or job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
     return found
 
 
 def submit(environment: Mapping[str, str], *arguments: str) -> tuple[int, str]:
     """(exit code, log) of `ray job submit --working-dir . arguments`, where `environment` leads."""
     command = [RAY, "job", "submit", "--working-dir", ".", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -149,7 +155,7 @@ def ray_node(cluster: Cluster, cpus: int = 2) -> Iterator[psutil.Process]:
     command = [RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
     command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", *SMALL]
     with _daemon(command, cluster.environment, cluster.folder):
-        deadline = time.monotonic() + READY_WITHIN_S
+        deadline = time.monotonic() + PATIENCE_S
         while not (there := [one for one in cluster.processes("/raylet/raylet") if one.pid not in before]):
             assert time.monotonic() < deadline, (cluster.folder / "log").read_text()
             time.sleep(0.2)
@@ -189,7 +195,7 @@ def _daemon(command: list[str], environment: Mapping[str, str], folder: Path) ->
 
 
 def _wait_until_ready(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + PATIENCE_S
     while head.poll() is None and time.monotonic() < deadline:
         if _is_ready(cluster):
             return

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import ray
 
-from fruitray.batches import cache_folder
 from fruitray.cluster.placement import require_room, say_who_waits
 from fruitray.cluster.runtime import connect, on_node
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError, TryAgainError, UsageError
 from fruitray.index import Index
-from fruitray.package import versions
+from fruitray.machine import cache_folder, versions
 from fruitray.storage import LocalStorage, open_storage
 
 ANSWER_S = 60

@@ -20,11 +20,12 @@ from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
 from fruitray.engines import EngineName
-from fruitray.errors import ImageError, OutputConflictError, UsageError
+from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
 from fruitray.images import fetch
 from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
-from fruitray.package import load_package, versions
+from fruitray.machine import versions
+from fruitray.package import load_package
 from fruitray.predictor import Predictor, Square
 from fruitray.reuse import Earlier
 from fruitray.scores import score_rows
@@ -32,6 +33,8 @@ from fruitray.storage import LocalStorage, Storage, open_storage
 
 BURST = 64
 """Photos that a worker without a GPU decodes before it computes."""
+GIVE_UP = 8
+"""Shards that fail before a job does: by then it is hardly one photo, and waiting for each takes time."""
 STAGES = ("photos", "network", "commit")
 """What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
 
@@ -53,11 +56,15 @@ class Work:
 
 
 def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: EngineName) -> Work:
-    """Have workers score `shards`, and commit them unless it is a dry run."""
+    """Have workers score `shards`, and commit them unless it is a dry run.
+
+    Raises:
+        TryAgainError: some could not be scored now; where they are fewer than `GIVE_UP`, all others are.
+    """
     connect()
     workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
     cpus = cpus_per_gpu() if config.gpu else 1
-    work = Work()
+    work, failed = Work(), list[list[str]]()
     say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
     tables = [inputs.append_column("part", pa.array([key] * inputs.num_rows)) for key, inputs in shards.items()]
     with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
@@ -70,13 +77,33 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
             num_gpus=1 if config.gpu else 0,
         ):
             for answer in result.to_pylist():
+                if answer["failed"]:
+                    failed.append(answer["failed"])
+                    continue
                 if not work.rows:
                     say(f"score: {workers} workers, {answer['engine']}")
                 work.add(answer)
                 advance(answer["rows"], f"{work.errors:,} errors" if work.errors else "")
+            if len(failed) == GIVE_UP:
+                break
+    if failed:
+        uri, reason = failed[0]
+        raise TryAgainError(uri, f"{reason}; the same command scores what is left")
     if work.errors:
         say(f"score: {work.errors} photos could not be read; their rows say why")
     return work
+
+
+_ANSWER = pa.schema(
+    [
+        ("rows", pa.int64()),
+        ("errors", pa.int64()),
+        ("engine", pa.string()),
+        *((stage, pa.float64()) for stage in STAGES),
+        ("failed", pa.list_(pa.string())),
+    ]
+)
+"""What a worker says of a shard; `failed` is empty, or the URI and the reason of why it could not be scored now."""
 
 
 class Scorer:
@@ -110,6 +137,13 @@ class Scorer:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
+        try:
+            answer = {**self._score(task), "failed": []}
+        except TryAgainError as error:
+            answer = {"failed": [error.uri, error.reason]}
+        return pa.Table.from_pylist([answer], _ANSWER)
+
+    def _score(self, task: pa.Table) -> dict[str, Any]:
         start, computed = time.perf_counter(), self._predictor.seconds
         inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
@@ -120,7 +154,7 @@ class Scorer:
             rows = self._with_known(inputs, rows)
             commit(self._out, self._plan, part, inputs, rows, self._lineage(inputs))
         network = self._predictor.seconds - computed
-        answer = {
+        return {
             "rows": inputs.num_rows,
             "errors": sum(prediction.status == "error" for prediction in predictions),
             "engine": self._predictor.engine.name,
@@ -128,7 +162,6 @@ class Scorer:
             "network": network,
             "commit": time.perf_counter() - predicted,
         }
-        return pa.Table.from_pylist([answer])
 
     def _with_known(self, inputs: pa.Table, rows: pa.Table) -> pa.Table:
         """`rows`, and those that an earlier output has, in the order of `inputs`."""

@@ -21,10 +21,9 @@ import pytest
 from fruitray.commit import verify
 from fruitray.s3server import HOST, find_binary
 from fruitray.storage import open_storage
-from tests.cluster import RAY, ROOT, submit
+from tests.cluster import PATIENCE_S, RAY, ROOT, submit, wait_for
 from tests.integration.conftest import SCORED, fill_scorable, score_arguments
 
-READY_WITHIN_S = 90
 GCS, DASHBOARD, S3 = 0, 1, 5
 """Places in a block of ports."""
 
@@ -64,8 +63,8 @@ def _started(folder: Path, ports: int) -> Iterator[dict[str, str]]:
         yield dict(line.split("=", 1) for line in shown.stdout.decode().split("\0") if line)
     finally:
         os.killpg(script.pid, signal.SIGINT)
-        script.wait(timeout=60)
-        deadline = time.monotonic() + 20  # the dashboard's helpers end when they notice that it has
+        script.wait(timeout=PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S  # the dashboard's helpers end when they notice that it has
         while left := _left(folder):
             assert time.monotonic() < deadline, left
             time.sleep(0.5)
@@ -138,7 +137,9 @@ def test_who_has_no_token_is_refused(started: tuple[Path, dict[str, str]], tmp_p
     }
     stranger |= {"HOME": str(tmp_path)}  # where Ray looks for a token, too
     code = "import ray, sys; ray.init(log_to_driver=False); print('in', ray.get(ray.remote(lambda: 1).remote()))"
-    tried = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=120)
+    tried = subprocess.run(
+        [sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert tried.returncode != 0
     assert "in 1" not in tried.stdout
 
@@ -153,10 +154,7 @@ def test_a_submitted_job_that_is_stopped_goes_on_when_submitted_again(
     out, job = open_storage(f"{root}/scores"), ["--", "python", "-m", "jobs.score", *score_arguments(root, "scores")]
     code, said = submit(environment, "--no-wait", "--submission-id", "first", *job)
     assert code == 0, said
-    deadline = time.monotonic() + 120
-    while len(list(out.list("data/"))) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: len(list(out.list("data/"))) >= 3)
     stopped = subprocess.run([RAY, "job", "stop", "first"], env=environment, capture_output=True, text=True)
     assert stopped.returncode == 0, stopped.stderr
     told = json.loads(out.read("status.json"))

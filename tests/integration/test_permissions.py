@@ -1,7 +1,7 @@
 """The policies of `infra/aws/iam` allow what is asked by our code and by Ray's, and no more that matters.
 
 Here: reading a policy as AWS does, as far as ours go, and a gate before an S3 server that forbids what they do not
-allow; the jobs run behind it in `test_secrets.py`. What AWS itself says of the policies is not tested.
+allow; the jobs run behind it in `tests/e2e/test_jobs.py`. What AWS itself says of the policies is not tested.
 """
 
 import json
@@ -30,6 +30,7 @@ POLICIES = {
     "train": READS_AND_WRITES,
     "score": ("read-photos", "read-runs", "write-scores"),
     "verify": ("write-scores",),
+    "export": READS_AND_WRITES,
 }
 """What each job needs, where photos lie below raw/, scores below scores/, and all else below runs/."""
 ACCOUNT, REGION = "123456789012", "eu-central-1"

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, photo_set
-from tests.cluster import Cluster
+from tests.cluster import Cluster, end_of
 
 PHOTOS = photo_set(30)
 """90 drawn photos, two of them corrupt."""
@@ -45,6 +44,15 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
+    """A folder with `PHOTOS` below raw/ and their index below index/; both stay as they are."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write(folder / "raw", PHOTOS)
+    prepare(cluster, folder / "raw", folder / "index")
+    return folder
+
+
 def test_one_worker_and_four_write_the_same_index(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
     """Of so many photos that there are several tasks."""
     write(raw, photo_set(120))
@@ -52,23 +60,19 @@ def test_one_worker_and_four_write_the_same_index(raw: Path, tmp_path: Path, clu
     for cpus in (1, 4):
         out = tmp_path / str(cpus)
         job = cluster.start_apart("prepare", "--images", str(raw), "--out", str(out), cpus=cpus)
-        printed, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, printed
+        code, printed = end_of(job)
+        assert code == 0, printed
         written.append((out / "index.parquet").read_bytes())
     assert written[0] == written[1]
 
 
-def test_a_bucket_gets_the_index_of_the_folder(
-    raw: Path, tmp_path: Path, cluster: Cluster, aws: str, s3: S3Server
-) -> None:
+def test_a_bucket_gets_the_index_of_the_folder(prepared: Path, tmp_path: Path, cluster: Cluster, aws: str) -> None:
     bucket = open_storage(f"s3://{aws}/raw")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: bucket.write(*item), PHOTOS.items()))
-    prepare(cluster, raw, tmp_path / "index")
     prepare(cluster, f"s3://{aws}/raw", f"s3://{aws}/index")
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / "index.parquet").write_bytes(open_storage(f"s3://{aws}/index").read("index.parquet"))
-    folder, copy = (index(tmp_path / name).drop_columns(["uri", "etag"]) for name in ("index", "copy"))
+    (tmp_path / "index.parquet").write_bytes(open_storage(f"s3://{aws}/index").read("index.parquet"))
+    folder, copy = (index(place).drop_columns(["uri", "etag"]) for place in (prepared / "index", tmp_path))
     assert folder.equals(copy)
 
 
@@ -122,16 +126,15 @@ def test_a_class_of_unreadable_photos_is_refused_and_the_audit_kept(
     assert told["said"] in printed
 
 
-def test_an_earlier_index_elsewhere_spares_the_reading(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
-    prepare(cluster, raw, tmp_path / "first")
-    printed = prepare(cluster, raw, tmp_path / "second", "--previous", str(tmp_path / "first"))
+def test_an_earlier_index_elsewhere_spares_the_reading(prepared: Path, tmp_path: Path, cluster: Cluster) -> None:
+    printed = prepare(cluster, prepared / "raw", tmp_path, "--previous", str(prepared / "index"))
     assert "0 read now" in printed
-    assert index(tmp_path / "first").equals(index(tmp_path / "second"))
+    assert index(prepared / "index").equals(index(tmp_path))
 
 
-def test_other_rules_are_refused_where_an_index_stands(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
-    prepare(cluster, raw, tmp_path / "index")
-    code, printed = cluster.run("prepare", "--images", str(raw), "--out", str(tmp_path / "index"), "--size", "majority")
+def test_other_rules_are_refused_where_an_index_stands(prepared: Path, cluster: Cluster) -> None:
+    places = ("--images", str(prepared / "raw"), "--out", str(prepared / "index"))
+    code, printed = cluster.run("prepare", *places, "--size", "majority")
     assert (code, "size 'any', not 'majority'" in printed) == (5, True)
 
 
@@ -145,13 +148,13 @@ def test_a_photo_put_into_two_classes_is_left_out_and_listed(raw: Path, tmp_path
 
 
 def test_a_probe_ranks_every_label_and_a_policy_is_drawn(
-    raw: Path, tmp_path: Path, cluster: Cluster, weights: Path
+    prepared: Path, tmp_path: Path, cluster: Cluster, weights: Path
 ) -> None:
     out = tmp_path / "index"
-    prepare(cluster, raw, out)
+    shutil.copytree(prepared / "index", out)
     before = (out / "index.parquet").read_bytes()
     probe = ("--probe", "mobilenet_v2", "--weights", str(weights), "--image-size", "64")
-    printed = prepare(cluster, raw, out, *probe, "--show-augment", "3", "--augment", "report+cutmix")
+    printed = prepare(cluster, prepared / "raw", out, *probe, "--show-augment", "3", "--augment", "report+cutmix")
     assert "the probe agrees with" in printed
     suspects, used = pq.read_table(out / "suspects.parquet"), index(out).filter(pa.compute.field("split").is_valid())
     assert sorted(suspects["uri"].to_pylist()) == used["uri"].to_pylist()

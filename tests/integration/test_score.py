@@ -2,7 +2,6 @@
 for. What happens while things are killed is `test_score_faults.py`'s."""
 
 import itertools
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fruitray.predictor import Predictor
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
-from tests.cluster import Cluster
+from tests.cluster import Cluster, end_of, wait_for
 from tests.integration.conftest import SCORED, fill_scorable, save_untrained, score_arguments
 from tests.unit.test_bad_input import FILES, HIDDEN, NEVER_OPENED, fill
 
@@ -139,13 +138,11 @@ def test_every_kind_of_bad_file_has_its_row_and_harms_no_other(cluster: Cluster,
     save_untrained(str(tmp_path / "model"))
     fixed = ["--package", str(tmp_path / "model"), "--engine", "eager", "--full-precision", "--shard-rows", "100"]
     job = cluster.start("score", *fixed, "--images", str(root), "--out", str(tmp_path / "out"))
-    while not (tmp_path / "out" / PLAN).exists():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.01)
+    wait_for((tmp_path / "out" / PLAN).exists, job)
     (root / "17/deleted.jpg").unlink()  # the workers have yet to start
     (root / "17/replaced.jpg").write_bytes(photos[0])
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, printed
+    code, printed = end_of(job)
+    assert code == 0, printed
     assert f"hidden files skipped: {len(HIDDEN)}" in printed
     rows = {uri.removeprefix(f"{root}/"): row for uri, row in _rows(str(tmp_path / "out")).items()}
     assert sorted(rows) == sorted([*FILES, *NEVER_OPENED, *good])

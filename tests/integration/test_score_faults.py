@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 import zlib
 
 import pytest
@@ -17,7 +16,7 @@ from fruitray.commit import SUCCESS, verify
 from fruitray.errors import TryAgainError
 from fruitray.s3server import S3Server
 from fruitray.storage import Storage, open_storage
-from tests.cluster import Cluster, Nodes, ray_head
+from tests.cluster import Cluster, Nodes, end_of, ray_head, wait_for
 from tests.integration.conftest import SCORED, score_arguments
 from tests.trouble import trouble_before
 
@@ -35,13 +34,9 @@ def _committed(out: Storage) -> int:
 
 def _wait_for_more(out: Storage, job: subprocess.Popen[str]) -> bool:
     """Until another part is committed; False if the job ended meanwhile."""
-    before, deadline = _committed(out), time.monotonic() + 120
-    while _committed(out) == before:
-        if job.poll() is not None:
-            return False
-        assert time.monotonic() < deadline, "it stands still"
-        time.sleep(0.02)
-    return True
+    before = _committed(out)
+    wait_for(lambda: _committed(out) != before or job.poll() is not None)
+    return job.poll() is None
 
 
 def _kill(what: str, nodes: Nodes, job: subprocess.Popen[str], choice: random.Random) -> None:
@@ -50,13 +45,9 @@ def _kill(what: str, nodes: Nodes, job: subprocess.Popen[str], choice: random.Ra
         nodes.replace()
     elif what == "driver":
         os.killpg(job.pid, signal.SIGKILL)
-        job.communicate(timeout=60)
+        end_of(job)
     else:
-        deadline = time.monotonic() + 60
-        while not (there := nodes.cluster.processes(words[what])):
-            assert time.monotonic() < deadline, f"no {what} to kill"
-            time.sleep(0.1)
-        choice.choice(there).kill()
+        choice.choice(wait_for(lambda: nodes.cluster.processes(words[what]))).kill()
 
 
 def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
@@ -78,10 +69,8 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
             if what == "driver":
                 assert not out.exists(SUCCESS)
                 job = nodes.cluster.start(*arguments)
-        printed, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, printed
-        code, printed = nodes.cluster.run("verify", "--out", out.uri)
-        assert (code, f"{SCORED} inputs, one row each" in printed) == (0, True), printed
+        code, printed = end_of(job)
+        assert code == 0, printed
         assert _hashes(out.uri) == calm
 
 
@@ -89,8 +78,8 @@ def test_two_drivers_at_once_make_one_output(cluster: Cluster, scorable: str) ->
     arguments = [*score_arguments(scorable, "both"), "--workers", "1"]
     jobs = [cluster.start("score", *arguments) for _ in range(2)]
     for job in jobs:
-        printed, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, printed
+        code, printed = end_of(job)
+        assert code == 0, printed
     assert _hashes(f"{scorable}/both") == _hashes(f"{scorable}/calm")
 
 
@@ -99,8 +88,8 @@ def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorab
     job = cluster.start("score", *score_arguments(scorable, "stopped"))
     assert _wait_for_more(out, job)
     os.killpg(job.pid, signal.SIGINT)
-    printed, _ = job.communicate(timeout=60)
-    assert job.returncode == 130, printed
+    code, printed = end_of(job)
+    assert code == 130, printed
     told = json.loads(out.read("status.json"))
     assert (told["state"], told["progress"]["total"]) == ("interrupted", SCORED)
     code, printed = cluster.run("score", *score_arguments(scorable, "stopped"))
@@ -108,11 +97,17 @@ def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorab
     assert len(verify(out)) == SCORED // 2
 
 
+LONG = 12
+"""As often as two runs of score read a photo that they do not get."""
+
+
 def _moody(method: str, path: str, before: int) -> str:
-    """One part is refused once; a fifth of all else goes wrong at first."""
+    """One part is refused once, one photo cannot be read for long; a fifth of all else goes wrong at first."""
+    key = path.split("/", 2)[-1]  # without the bucket, whose name is another each time
+    if "/000%20" in key and method == "GET" and before < LONG:
+        return "short"
     if before:
         return ""
-    key = path.split("/", 2)[-1]  # without the bucket, whose name is another each time
     mood = zlib.crc32(key.encode()) % 100
     if method == "PUT":
         return "denied" if "part-000040" in key else "lost" if mood < 20 else ""
@@ -120,16 +115,19 @@ def _moody(method: str, path: str, before: int) -> str:
 
 
 def test_a_store_that_misbehaves_is_told_and_costs_only_time(s3: S3Server, cluster: Cluster, scorable: str) -> None:
-    told, runs = "", 0
+    told, runs, left = "", 0, []
     with trouble_before(s3.environment["AWS_ENDPOINT_URL"], _moody) as (endpoint, made):
         while runs < 5 and not open_storage(f"{scorable}/troubled").exists(SUCCESS):
             arguments, runs = score_arguments(scorable, "troubled"), runs + 1
             job = cluster.start_apart("score", *arguments, cpus=2, AWS_ENDPOINT_URL=endpoint)
-            printed, _ = job.communicate(timeout=300)
+            _, printed = end_of(job)
             assert "Traceback" not in printed
             told += printed
+            if "the same command scores what is left" in printed:
+                left.append(SCORED // 2 - _committed(open_storage(f"{scorable}/troubled")))
     assert {"busy", "denied", "short", "stall", "lost"} <= made.keys()
     assert "part-000040.parquet: access denied" in told
+    assert left[-1] == 1, "all but what could not be had"
     assert _hashes(f"{scorable}/troubled") == _hashes(f"{scorable}/calm")
 
 

@@ -1,13 +1,12 @@
 """Training goes on, whatever is killed: same epochs, same weights as an undisturbed run.
 
-`pytest tests/integration/test_train_faults.py --rounds 4` kills each four times in one run.
+A lost node is `test_nodes.py`'s; with `--rounds 4` one is lost here, too, and each is killed four times in one run.
 """
 
 import os
 import random
 import signal
 import subprocess
-import time
 from typing import Any
 
 import psutil
@@ -17,7 +16,7 @@ import pytest
 
 from fruitray.package import load_package
 from fruitray.storage import open_storage
-from tests.cluster import Nodes
+from tests.cluster import Nodes, end_of, wait_for
 
 NETWORK = ("--backbone", "timm/test_efficientnet", "--weights", "none", "--image-size", "64", "--ema", "0.9")
 """Small, as a whole state is kept at every step, and an object store keeps the room of what is deleted for a while."""
@@ -36,14 +35,12 @@ def _checkpoints(place: str) -> list[str]:
 
 def _wait_within_an_epoch(nodes: Nodes, place: str, job: subprocess.Popen[str], after: str) -> str:
     """Until a worker has kept a checkpoint newer than `after` in the middle of an epoch; answers its name."""
-    deadline = time.monotonic() + 240
-    while True:
-        assert job.poll() is None, f"it ended before it could be disturbed: {job.communicate()[0]}"
-        assert time.monotonic() < deadline
-        newer = [key for key in _checkpoints(place) if key > after and "-00000000-" not in key]
-        if newer and _workers(nodes):
-            return newer[-1]
-        time.sleep(0.05)
+
+    def newer() -> list[str]:
+        return [key for key in _checkpoints(place) if key > after and "-00000000-" not in key and _workers(nodes)]
+
+    newest: str = wait_for(newer, job)[-1]
+    return newest
 
 
 def _workers(nodes: Nodes) -> list[psutil.Process]:
@@ -57,14 +54,14 @@ def _kill(what: str, nodes: Nodes, job: subprocess.Popen[str]) -> None:
         nodes.replace()
     else:
         os.killpg(job.pid, signal.SIGKILL if what == "driver" else signal.SIGTERM)
-        job.communicate(timeout=60)
+        end_of(job)
 
 
 def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
     nodes: Nodes, place: str, request: pytest.FixtureRequest
 ) -> None:
     rounds = request.config.getoption("--rounds")
-    kills = ["worker", "node", "driver", "driver, politely"][: None if rounds > 1 else 3] * rounds
+    kills = ["worker", "driver", "node", "driver, politely"][: None if rounds > 1 else 2] * rounds
     random.Random(rounds).shuffle(kills)
     epochs = len(kills) + 1
     calmly, disturbed = _command(place, "calm", epochs), _command(place, "killed", epochs)
@@ -76,8 +73,8 @@ def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
         _kill(what, nodes, job)
         if what.startswith("driver"):
             job = nodes.cluster.start(*disturbed)
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, printed
+    code, printed = end_of(job)
+    assert code == 0, printed
     assert "going on from a checkpoint" in printed
     calm, killed = (load_package(f"{place}/{name}").description for name in ("calm", "killed"))
     assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
@@ -86,8 +83,6 @@ def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
     assert _checkpoints(place) == []
     files = [entry.key for entry in open_storage(f"{place}/killed").list("tensorboard/")]
     assert len(files) == epochs + 2, "the options, each epoch once, and the best one"
-    code, printed = nodes.cluster.run(*disturbed, "--seed", "1")
-    assert code == 5, printed
 
 
 def _history(place: str, out: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 
 from fruitray.index import read_index
 from fruitray.storage import open_storage
-from tests.cluster import Cluster, wait_for
+from tests.cluster import Cluster, end_of, wait_for
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
 
@@ -72,11 +72,11 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str
     """And when all is done, no checkpoint takes up space."""
     options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     job = cluster.start(*_tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter"))
-    wait_for(lambda: _checkpoints(place))
-    [before] = wait_for(lambda: _reports(place))
+    wait_for(lambda: _checkpoints(place), job)
+    [before] = wait_for(lambda: _reports(place), job)
     os.kill(before[-1]["pid"], signal.SIGKILL)
-    printed, _ = job.communicate(timeout=400)
-    assert job.returncode == 0, printed
+    code, printed = end_of(job)
+    assert code == 0, printed
     [reports] = _reports(place)
     epochs = [report["epochs"] for report in reports]
     restart = next(place for place, (a, b) in enumerate(itertools.pairwise(epochs)) if b != a + 1)
@@ -91,7 +91,7 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
     job = cluster.start(*command)
-    wait_for(lambda: _checkpoints(place))
+    wait_for(lambda: _checkpoints(place), job)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
     code, printed = cluster.run(*command)

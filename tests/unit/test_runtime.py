@@ -1,9 +1,16 @@
 """What jobs ask of a cluster before they give it work."""
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from fruitray.cluster.runtime import OPEN, require_token
-from fruitray.errors import UsageError
+import pytest
+import ray
+
+from fruitray.cluster.placement import GROWS, require_room
+from fruitray.cluster.runtime import OPEN, claim, require_token
+from fruitray.config import TrainConfig
+from fruitray.errors import OutputConflictError, UsageError
+from fruitray.storage import LocalStorage
 
 
 def test_several_nodes_without_a_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +26,36 @@ def test_a_token_or_a_word_opens_the_way(name: str, value: str, monkeypatch: pyt
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv(name, value)
     require_token(2)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of four: a head without CPUs, two nodes with 4 CPUs and a GPU, and one that is gone."""
+    worker = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}
+    there = [{"Alive": True, "Resources": {"memory": 1.0}}, worker, worker, worker | {"Alive": False}]
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    monkeypatch.delenv(GROWS, raising=False)
+
+
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "room"), [(1, 0, 8), (3, 0, 2), (5, 0, 0), (1, 0.5, 4), (1, 1, 2), (4, 0.1, 2), (0, 1, 2)]
+)
+def test_workers_that_never_had_room_are_refused_unless_nodes_come(
+    cpus: float, gpus: float, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_room(room, cpus=cpus, gpus=gpus)
+    with pytest.raises(UsageError, match=f"{room + 1} workers .* have room for {room};"):
+        require_room(room + 1, cpus=cpus, gpus=gpus)
+    monkeypatch.setenv(GROWS, "1")
+    require_room(room + 1, cpus=cpus, gpus=gpus)
+
+
+def test_an_output_is_refused_to_another_job_with_other_options(tmp_path: Path) -> None:
+    out, config = LocalStorage(str(tmp_path)), TrainConfig(index="i", out=str(tmp_path))
+    claim(out, "train", config, "a")
+    claim(out, "train", replace(config, workers=2), "a")
+    with pytest.raises(OutputConflictError, match="seed 0, not 1"):
+        claim(out, "train", replace(config, fit=replace(config.fit, seed=1)), "a")
+    with pytest.raises(OutputConflictError, match="index_sha256"):
+        claim(out, "train", config, "b")
