@@ -1,6 +1,8 @@
 """The workers of score: a shard in, its rows committed, their counts out."""
 
 import json
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +22,7 @@ from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
 from fruitray.engines import EngineName
-from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
+from fruitray.errors import ImageError, NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.images import fetch
 from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
@@ -65,7 +67,8 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
     workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
     cpus = cpus_per_gpu() if config.gpu else 1
     work, failed = Work(), list[list[str]]()
-    say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
+    if not config.dry_run:  # which has said it
+        say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
     tables = [inputs.append_column("part", pa.array([key] * inputs.num_rows)) for key, inputs in shards.items()]
     with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
         for result in stream(
@@ -195,8 +198,8 @@ class Scorer:
             if root not in self._storages:
                 self._storages[root] = storage = open_storage(root)
                 seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
-                if seen or root in self._folders:  # a node that cannot see the photos must say so, not call them gone
-                    storage.check()
+                if seen or root in self._folders:
+                    _require_seen(storage)
             contents = iter(fetch(self._storages[root], wanted))
             if self._config.gpu:
                 yield from self._decode(contents)
@@ -206,6 +209,15 @@ class Scorer:
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
         return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))
+
+
+def _require_seen(storage: Storage) -> None:
+    """A node that cannot see the photos must say so, not call them gone."""
+    storage.check()
+    if isinstance(storage, LocalStorage):
+        with os.scandir(storage.uri) as found:
+            if next(found, None) is None:
+                raise NotFoundError(storage.uri, f"is empty on {platform.node()}: is it not mounted there?")
 
 
 def _pixels(found: Mapping[str, Any]) -> Any:

@@ -63,6 +63,9 @@ def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: P
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(NotFoundError, match="photos"):
         Scorer(config, "eager", cpus=1)(shard)
+    photos.mkdir()
+    with pytest.raises(NotFoundError, match="empty on"):
+        Scorer(config, "eager", cpus=1)(shard)
 
 
 def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Cluster, scorable: str) -> None:
@@ -167,6 +170,8 @@ def test_a_finished_job_run_again_writes_nothing(cluster: Cluster, scorable: str
     before = _written(f"{scorable}/calm")
     code, printed = cluster.run("score", *score_arguments(scorable, "calm"))
     assert (code, "complete already" in printed) == (0, True), printed
+    code, printed = cluster.run("score", *score_arguments(scorable, "calm"), "--max-error-rate", "0.001")
+    assert (code, "more than the 0.1% allowed" in printed) == (4, True), printed
     assert _written(f"{scorable}/calm") == before
     code, printed = cluster.run("score", *score_arguments(scorable, "calm"), "--top-k", "1")
     assert (code, "top_k" in printed) == (5, True), printed

@@ -762,7 +762,23 @@ def test_rows_of_another_model_or_of_other_versions_are_not_sealed(model_id: str
 # ---- Layout and columns
 
 
-def test_partitioned_by_folder_no_part_holds_photos_of_two(tmp_path: Path) -> None:
+READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+    "pyarrow": lambda folder: pq.read_table(folder).to_pylist(),
+    "pandas": lambda folder: (
+        pytest.importorskip("pandas").read_parquet(folder, dtype_backend="pyarrow").to_dict("records")
+    ),
+    "polars": lambda folder: pytest.importorskip("polars").read_parquet(folder).to_dicts(),
+    "duckdb": lambda folder: (
+        pytest.importorskip("duckdb")
+        .sql(f"select * from read_parquet('{folder}/**/*.parquet', hive_partitioning = true)")
+        .to_arrow_table()
+        .to_pylist()
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_partitioned_by_folder_no_part_holds_photos_of_two_and_all_read_it(tmp_path: Path, reader: str) -> None:
     out = LocalStorage(str(tmp_path))
     keys = ["apple/1", "apple/2", "apple/3", "apple/4", "a b=%/1", "loose", "../1"]
     shard_of = table([Entry(key, 101, "v") for key in sorted(keys)])
@@ -772,9 +788,11 @@ def test_partitioned_by_folder_no_part_holds_photos_of_two(tmp_path: Path) -> No
     parts = finish(out, plan)
     assert verify(out) == parts
     assert sorted(part.rows for part in parts) == [1, 1, 1, 1, 3]
-    found = pq.read_table(tmp_path / "data", partitioning="hive").to_pylist()
+    found = READERS[reader](str(tmp_path / "data"))
     folders = {row["uri"].removeprefix(f"{IMAGES}/"): row["folder"] for row in found}
     assert folders == {key: label_of(key) for key in keys}
+    assert {tuple(row["top_labels"]) for row in found} == {("apple", "pear")}
+    assert {row["status"] for row in found} == {"ok"}
 
 
 def test_a_label_that_can_name_no_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
