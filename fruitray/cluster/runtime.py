@@ -45,11 +45,11 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine.
 
     Raises:
-        UsageError: it has several nodes, and asks for no token.
+        UsageError: it has several nodes, and asks for no token; or is to be led from afar, through Ray's client.
         TryAgainError: nothing answers there.
     """
     if not ray.is_initialized():
-        _require_answer(os.environ.get("RAY_ADDRESS", ""))
+        require_answer(os.environ.get("RAY_ADDRESS", ""))
         ray.init(log_to_driver=False, logging_level="warning")
         require_token(sum(node["Alive"] for node in ray.nodes()))
     settings = ray.data.DataContext.get_current()
@@ -59,8 +59,13 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises, too
 
 
-def _require_answer(address: str) -> None:
-    """Ray itself would try for many minutes."""
+def require_answer(address: str) -> None:
+    """Raise where no job can be led at `address`: at once, where Ray itself would try for many minutes."""
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"RAY_ADDRESS={address}: a job is led from a node of its cluster; hand it over by `ray job submit "
+            "--address http://HEAD:8265 --working-dir . -- python -m jobs.NAME ...`"
+        )
     if there := re.fullmatch(r"([\w.-]+):(\d+)", address):
         try:
             socket.create_connection((there[1], int(there[2])), timeout=5).close()

@@ -7,9 +7,9 @@ import pytest
 import ray
 
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import OPEN, claim, require_token
+from fruitray.cluster.runtime import OPEN, claim, require_answer, require_token
 from fruitray.config import TrainConfig
-from fruitray.errors import OutputConflictError, UsageError
+from fruitray.errors import OutputConflictError, TryAgainError, UsageError
 from fruitray.storage import LocalStorage
 
 
@@ -26,6 +26,15 @@ def test_a_token_or_a_word_opens_the_way(name: str, value: str, monkeypatch: pyt
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv(name, value)
     require_token(2)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [("ray://head:10001", UsageError, "ray job submit"), ("127.0.0.1:1", TryAgainError, "nothing answers")],
+)
+def test_a_cluster_that_cannot_be_led_is_told_at_once(address: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        require_answer(address)
 
 
 @pytest.fixture
