@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +112,10 @@ _APART = (
 
 
 @contextmanager
-def ray_head(storage: Mapping[str, str], cpus: int = 2, *, dashboard: bool = False) -> Iterator[Cluster]:
-    """A head node, whose workers find `storage`."""
+def ray_head(
+    storage: Mapping[str, str], cpus: int = 2, *, dashboard: bool = False, host: str = HOST
+) -> Iterator[Cluster]:
+    """A head node at this machine's address `host`, whose workers find `storage`."""
     with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as name:
         folder = Path(name)  # Ray's sockets need a short path, pytest's folders have long ones
         gcs, port, *agents = free_ports(10)
@@ -122,10 +124,10 @@ def ray_head(storage: Mapping[str, str], cpus: int = 2, *, dashboard: bool = Fal
         names += ("node-manager", "object-manager")
         ports = [f"--{name}-port={port}" for name, port in zip(names, agents, strict=False)]
         command = [RAY, "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", *ports, *SMALL]
-        command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--dashboard-port={port}"]
+        command += [f"--node-ip-address={host}", f"--dashboard-host={HOST}", f"--dashboard-port={port}"]
         command += [f"--include-dashboard={dashboard}", f"--temp-dir={folder / 'ray'}"]
         with _daemon(command, environment, folder) as head:
-            there = environment | {"RAY_ADDRESS": f"{HOST}:{gcs}"}
+            there = environment | {"RAY_ADDRESS": f"{host}:{gcs}"}
             cluster = Cluster(there, folder, f"http://{HOST}:{port}" if dashboard else "")
             _wait_until_ready(cluster, head)
             yield cluster
@@ -149,11 +151,13 @@ def _environment(folder: Path, storage: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def ray_node(cluster: Cluster, cpus: int = 2) -> Iterator[psutil.Process]:
-    """Another node of `cluster`; yields its raylet."""
+def ray_node(
+    cluster: Cluster, cpus: int = 2, *, host: str = HOST, inside: Sequence[str] = ()
+) -> Iterator[psutil.Process]:
+    """Another node of `cluster`, at the address `host`, started by way of the command `inside`; yields its raylet."""
     before = {process.pid for process in cluster.processes("/raylet/raylet")}
-    command = [RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
-    command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", *SMALL]
+    command = [*inside, RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
+    command += [f"--num-cpus={cpus}", f"--node-ip-address={host}", *SMALL]
     with _daemon(command, cluster.environment, cluster.folder):
         deadline = time.monotonic() + PATIENCE_S
         while not (there := [one for one in cluster.processes("/raylet/raylet") if one.pid not in before]):

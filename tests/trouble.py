@@ -31,8 +31,8 @@ Trouble = Callable[[str, str, int], str]
 
 
 @contextmanager
-def trouble_before(endpoint: str, trouble: Trouble) -> Iterator[tuple[str, Counter[str]]]:
-    """Yields (the proxy's endpoint, how often each trouble was made so far)."""
+def trouble_before(endpoint: str, trouble: Trouble, host: str = HOST) -> Iterator[tuple[str, Counter[str]]]:
+    """Yields (the proxy's endpoint, at this machine's address `host`; how often each trouble was made so far)."""
     made, asked, lock = Counter[str](), Counter[tuple[str, str]](), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,18 +93,18 @@ def trouble_before(endpoint: str, trouble: Trouble) -> Iterator[tuple[str, Count
             with suppress(ConnectionError):  # whoever asked may hang up
                 super().handle()
 
-    with serving(Handler) as proxy:
+    with serving(Handler, host) as proxy:
         yield proxy, made
 
 
 @contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def serving(handler: type[BaseHTTPRequestHandler], host: str = HOST) -> Iterator[str]:
     """The endpoint of an HTTP server while the context lasts."""
-    server = ThreadingHTTPServer((HOST, 0), handler)
+    server = ThreadingHTTPServer((host, 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://{HOST}:{server.server_port}"
+        yield f"http://{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
