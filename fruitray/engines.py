@@ -1,4 +1,5 @@
-"""Engines: ways to compute one network. All give the same scores within `TOLERANCE`; they differ in speed and in start.
+"""Engines: ways to compute one network. They differ in speed and in start; one is used only if, on pictures made to see
+it, its scores are within `TOLERANCE` of plain PyTorch's.
 
     eager      PyTorch, with batch norm folded into the convolutions before it
     compile    torch.compile with frozen weights: slow to start
@@ -101,6 +102,8 @@ def make_engine(
         compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
         engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
         agrees = _agree(engine, plain, model.preprocessing.size, temperature)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # of any type: networks that cannot be traced or converted, a compiler that is missing
         return replace(plain, name=f"{plain.name}, for {name} cannot compute this network")
     return engine if agrees else replace(plain, name=f"{plain.name}, for {name} answers otherwise")

@@ -118,7 +118,8 @@ _HIDDEN = re.compile(r"\.(?!\.?$)")  # in an object store, `.` and `..` are name
 def fetch(storage: Storage, entries: Sequence[Entry], threads: int = 16) -> Iterator[bytes | ImageError]:
     """Read each entry, many at once, in order. What is wrong with one object is its `ImageError`; a storage that fails
     as a whole raises (`TryAgainError`, `CredentialsError`, `EndpointError`)."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         window: deque[Future[bytes | ImageError]] = deque()
         for entry in entries:
             window.append(pool.submit(_fetch_one, storage, entry))
@@ -126,6 +127,8 @@ def fetch(storage: Storage, entries: Sequence[Entry], threads: int = 16) -> Iter
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # where a read fails for want of the store, the next ones would, as slowly
 
 
 def _fetch_one(storage: Storage, entry: Entry) -> bytes | ImageError:

@@ -88,5 +88,11 @@ def begin(out: Storage) -> None:
         status.begin(out)
 
 
+def mend(out: Storage) -> None:
+    """As `begin`, where the job below `out` is done, but was killed before it could say so."""
+    if not out.exists(KEY) or json.loads(out.read(KEY))["state"] not in ("succeeded", "failed"):
+        begin(out)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -46,7 +46,7 @@ def preflight(
     job: str, reads: Sequence[str], writes: str, *, workers: int = 1, cpus: float, gpus: float = 0, disk: int = 0
 ) -> str:
     """Show what the nodes have and see of the folders and prefixes that a job `reads` and `writes`; its `workers` take
-    `cpus` and `gpus` each, and each node keeps `disk` bytes of decoded photos.
+    `cpus` and `gpus` each, and each node that has CPUs keeps `disk` bytes of decoded photos.
 
     Raises:
         UsageError: they have no room, or run other versions.
@@ -58,7 +58,7 @@ def preflight(
     places = [*reads, *([] if isinstance(open_storage(writes), LocalStorage) else [writes])]  # a folder is made
     for node, seen, off in _ask(list(there), places):
         name, has = there[node]["NodeManagerHostname"], there[node]["Resources"]
-        faults += _faults(name, seen, off, disk)
+        faults += _faults(name, seen, off, disk if has.get("CPU", 0) >= 1 else 0)
         rows.append(
             {
                 "node": name,

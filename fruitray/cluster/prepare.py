@@ -17,6 +17,7 @@ from ray import ObjectRef
 
 from fruitray import status
 from fruitray.audit import LINES, audit, summary
+from fruitray.cluster.placement import require_room
 from fruitray.cluster.runtime import (
     beside_driver,
     claim,
@@ -54,6 +55,7 @@ def run(config: PrepareConfig) -> str:
 
         return preflight("prepare", [config.images], config.out, cpus=1)
     connect()
+    require_room(1, cpus=1, gpus=0)
     if config.probe:
         from fruitray.cluster import suspects  # on use: it needs torch
 

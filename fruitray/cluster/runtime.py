@@ -9,7 +9,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fruitray import status
+from fruitray.cluster.placement import GROWS
 from fruitray.config import to_json
 from fruitray.console import say
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError, find_ours
@@ -49,9 +50,12 @@ def connect() -> None:
         TryAgainError: nothing answers there.
     """
     if not ray.is_initialized():
-        require_answer(os.environ.get("RAY_ADDRESS", ""))
-        ray.init(log_to_driver=False, logging_level="warning")
-        require_token(sum(node["Alive"] for node in ray.nodes()))
+        address, asks = os.environ.get("RAY_ADDRESS", ""), os.environ.get("RAY_AUTH_MODE") == "token"
+        require_answer(address)
+        if not address:
+            keep_token_private()
+        ray.init(log_to_driver=False, logging_level="warning")  # which may set the mode, whatever the cluster's is
+        require_token(sum(node["Alive"] for node in ray.nodes()), asks=asks)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.raise_original_map_exception = True  # else an error of ours is lost inside one of Ray Data's
@@ -73,9 +77,26 @@ def require_answer(address: str) -> None:
             raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({error})") from error
 
 
-def require_token(nodes: int) -> None:
-    """Raise `UsageError` on a cluster of several nodes that asks for no token, unless `OPEN` says that it may be so."""
-    if nodes < 2 or os.environ.get("RAY_AUTH_MODE") == "token" or os.environ.get(OPEN):
+def keep_token_private() -> None:
+    """Make the token that Ray's own cluster on this machine asks for, where there is none, and let nobody else read it:
+    Ray would make it for all to read."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):  # of another, or no home: Ray says what it has to
+        if path.exists():
+            path.chmod(0o600)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+
+
+def require_token(nodes: int, *, asks: bool) -> None:
+    """Raise `UsageError` on a cluster that has several nodes, or grows, and asks for no token, unless `OPEN` says that
+    it may be so."""
+    alone = nodes < 2 and not os.environ.get(GROWS)
+    if alone or asks or os.environ.get(OPEN):
         return
     raise UsageError(
         f"this cluster of {nodes} nodes asks for no token, so whoever reaches it runs code on it: set "

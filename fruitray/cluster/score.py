@@ -2,10 +2,13 @@
 
 import json
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, TypeGuard
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,8 +35,9 @@ from fruitray.commit import (
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
-from fruitray.errors import NoInputError, TooManyBadImagesError
-from fruitray.inputs import LISTS, list_inputs
+from fruitray.errors import AccessDeniedError, ImageError, NoInputError, TooManyBadImagesError
+from fruitray.images import fetch
+from fruitray.inputs import INPUTS, LISTS, entries, list_inputs
 from fruitray.metrics import summary
 from fruitray.package import Package, load_package
 from fruitray.reuse import Earlier
@@ -53,6 +57,8 @@ DECIDING = (
 """Options that decide what stands in the output."""
 PROBED = 64
 """Photos that a dry run scores, per worker."""
+TRIED = 3
+"""Photos that are read before a plan is written."""
 
 
 def run(config: ScoreConfig) -> str:
@@ -70,14 +76,16 @@ def run(config: ScoreConfig) -> str:
     if not out.exists("score.json"):
         out.create("score.json", to_json(config))
     if is_finished(out):
+        status.mend(out)
         return _summary(config, out, plan, read_manifest(out), "was complete already")
     status.begin(out)
     shards = read_shards(out, plan)
     done = committed(out, shards)
-    left = {key: inputs for key, inputs in shards.items() if key not in done}
+    left = [key for key in shards if key not in done]
+    random.shuffle(left)  # else each run would meet first what fails for good
     if done:
         say(f"score: {len(done)} of {plan.shards} shards were committed before")
-    work = score_shards(config, left, plan.settings["engine"]) if left else Work()
+    work = score_shards(config, {key: shards[key] for key in left}, plan.settings["engine"]) if left else Work()
     parts = finish(out, plan)
     return _summary(config, out, plan, parts, _speed(config, work, time.perf_counter() - start))
 
@@ -98,10 +106,8 @@ def _settings(config: ScoreConfig, package: Package) -> dict[str, Any]:
 def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     """Adopt the plan that stands, or list the inputs and write one."""
     settings = _settings(config, package)
-    if out.exists(PLAN):
-        standing = read_plan(out).settings.get("engine")
-        if plan := adopt_plan(out, settings | {"engine": standing if config.engine == "auto" else config.engine}):
-            return plan
+    if plan := _standing_plan(config, settings, out):
+        return plan
     inputs, skipped = _inputs(config)
     settings["engine"] = _engine(config, inputs.num_rows)
     inputs = _with_known(config, settings, inputs)
@@ -115,11 +121,33 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     return plan
 
 
+def _standing_plan(config: ScoreConfig, settings: Mapping[str, Any], out: Storage) -> Plan | None:
+    if not out.exists(PLAN):
+        return None
+    standing = read_plan(out).settings.get("engine")
+    return adopt_plan(out, {**settings, "engine": standing if config.engine == "auto" else config.engine})
+
+
 def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
+    """All inputs, and how many hidden files were skipped.
+
+    Raises:
+        NoInputError: there are none.
+        AccessDeniedError: their names may be listed, but not one of some may be read.
+    """
     inputs, skipped = list_inputs(config.images)
     if not inputs.num_rows:
         raise NoInputError(" ".join(config.images))
+    some = inputs.take([number * (inputs.num_rows - 1) // (TRIED - 1) for number in range(TRIED)])
+    for root, rows in groupby(entries(some), itemgetter(0)):
+        refused = [found for found in fetch(open_storage(root), [entry for _, entry in rows]) if _is_refused(found)]
+        if len(refused) == TRIED:
+            raise AccessDeniedError(root, f"files may be listed but not read: {refused[0].detail}")
     return inputs, skipped
+
+
+def _is_refused(found: bytes | ImageError) -> TypeGuard[ImageError]:
+    return isinstance(found, ImageError) and found.code == "E_SRC_DENIED"
 
 
 def _with_known(config: ScoreConfig, settings: Mapping[str, Any], inputs: pa.Table) -> pa.Table:
@@ -148,11 +176,18 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
     reads = [package.uri, *(place for place in config.images if not place.endswith(LISTS))]
     each = needs(gpu=config.gpu)
     say(preflight("score", reads, config.out, workers=config.workers or 1, cpus=each["cpus"], gpus=each["gpus"]))
-    inputs, skipped = _inputs(config)
-    engine = _engine(config, inputs.num_rows)
-    size = sum(inputs["size"].to_pylist()) / 1e6
-    say(f"score: {inputs.num_rows:,} photos, {size:,.1f} MB; hidden files skipped: {skipped}")
-    inputs = _with_known(config, _settings(config, package), inputs)
+    settings, out = _settings(config, package), open_storage(config.out)
+    if plan := _standing_plan(config, settings, out):
+        shards = read_shards(out, plan)
+        done, engine = committed(out, shards), plan.settings["engine"]
+        say(f"score: {len(done)} of {plan.shards} shards are committed")
+        inputs = pa.concat_tables([INPUTS.empty_table(), *(shards[key] for key in shards.keys() - done)])
+    else:
+        inputs, skipped = _inputs(config)
+        engine = _engine(config, inputs.num_rows)
+        size = pc.sum(inputs["size"]).as_py() / 1e6
+        say(f"score: {inputs.num_rows:,} photos, {size:,.1f} MB; hidden files skipped: {skipped}")
+        inputs = _with_known(config, settings, inputs)
     inputs = inputs.filter(pc.is_null(inputs["known_part"]))
     if not (photos := inputs.num_rows):
         return "score: nothing is left to score; nothing was written"
@@ -184,11 +219,13 @@ def _cost(config: ScoreConfig, seconds: float, photos: int) -> str:
 
 
 def _speed(config: ScoreConfig, work: Work, seconds: float) -> str:
-    rate = work.rows / max(seconds, 1e-9)
+    rate = work.scored / max(seconds, 1e-9)
     stages = ", ".join(f"{stage} {work.seconds[stage]:.1f} s" for stage in STAGES)
-    cost = _cost(config, seconds, work.rows)
+    cost = _cost(config, seconds, work.scored)
+    known = f", {work.rows - work.scored:,} rows taken over" if work.rows > work.scored else ""
     return (
-        f"{work.rows:,} rows in {seconds:.1f} s, {rate:.1f} images/s, start-up included{cost}; workers' time: {stages}"
+        f"{work.scored:,} photos in {seconds:.1f} s, {rate:.1f} images/s, start-up included{known}{cost}; "
+        f"workers' time: {stages}"
     )
 
 

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
@@ -31,12 +31,14 @@ from fruitray.package import load_package
 from fruitray.predictor import Predictor, Square
 from fruitray.reuse import Earlier
 from fruitray.scores import score_rows
-from fruitray.storage import LocalStorage, Storage, open_storage
+from fruitray.storage import Entry, LocalStorage, Storage, open_storage
 
 BURST = 64
 """Photos that a worker without a GPU decodes before it computes."""
 GIVE_UP = 8
-"""Shards that fail before a job does: by then it is hardly one photo, and waiting for each takes time."""
+"""Shards that fail one after the other before a job does: then it is hardly single photos, and each takes its time."""
+WARM_UP = 8
+"""Photos that a worker of a dry run reads before its clock starts: clients and decoders take a while to get going."""
 STAGES = ("photos", "network", "commit")
 """What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
 
@@ -46,6 +48,8 @@ class Work:
     """What workers have done so far."""
 
     rows: int = 0
+    scored: int = 0
+    """Rows that were not taken from an earlier output."""
     errors: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
     """Of all workers together, by stage."""
@@ -53,6 +57,7 @@ class Work:
     def add(self, result: Mapping[str, Any]) -> None:
         """Count a worker's answer in."""
         self.rows += result["rows"]
+        self.scored += result["scored"]
         self.errors += result["errors"]
         self.seconds.update({stage: result[stage] for stage in STAGES})
 
@@ -61,12 +66,12 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
     """Have workers score `shards`, and commit them unless it is a dry run.
 
     Raises:
-        TryAgainError: some could not be scored now; where they are fewer than `GIVE_UP`, all others are.
+        TryAgainError: some could not be scored now; unless `GIVE_UP` in a row could not, all others are.
     """
     connect()
     workers = min(worker_count(config.workers, gpu=config.gpu), len(shards))
     cpus = cpus_per_gpu() if config.gpu else 1
-    work, failed = Work(), list[list[str]]()
+    work, failed, in_a_row, engines = Work(), list[list[str]](), 0, set[str]()
     if not config.dry_run:  # which has said it
         say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
     tables = [inputs.append_column("part", pa.array([key] * inputs.num_rows)) for key, inputs in shards.items()]
@@ -81,17 +86,22 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
         ):
             for answer in result.to_pylist():
                 if answer["failed"]:
+                    if not failed:
+                        say(f"score: {': '.join(answer['failed'])}; its shard waits, the others go on")
                     failed.append(answer["failed"])
+                    in_a_row += 1
                     continue
-                if not work.rows:
+                in_a_row = 0
+                if answer["engine"] not in engines:
+                    engines.add(answer["engine"])
                     say(f"score: {workers} workers, {answer['engine']}")
                 work.add(answer)
                 advance(answer["rows"], f"{work.errors:,} errors" if work.errors else "")
-            if len(failed) == GIVE_UP:
+            if in_a_row >= GIVE_UP:
                 break
-    if failed:
-        uri, reason = failed[0]
-        raise TryAgainError(uri, f"{reason}; the same command scores what is left")
+        if failed:
+            uri, reason = failed[0]
+            raise TryAgainError(uri, f"{reason}; {len(failed)} shards wait, the same command scores what is left")
     if work.errors:
         say(f"score: {work.errors} photos could not be read; their rows say why")
     return work
@@ -99,8 +109,7 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
 
 _ANSWER = pa.schema(
     [
-        ("rows", pa.int64()),
-        ("errors", pa.int64()),
+        *((name, pa.int64()) for name in ("rows", "scored", "errors")),
         ("engine", pa.string()),
         *((stage, pa.float64()) for stage in STAGES),
         ("failed", pa.list_(pa.string())),
@@ -147,6 +156,8 @@ class Scorer:
         return pa.Table.from_pylist([answer], _ANSWER)
 
     def _score(self, task: pa.Table) -> dict[str, Any]:
+        if self._config.dry_run:
+            self._predictor.predict_squares(self._squares(task.slice(0, WARM_UP)))
         start, computed = time.perf_counter(), self._predictor.seconds
         inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
@@ -159,6 +170,7 @@ class Scorer:
         network = self._predictor.seconds - computed
         return {
             "rows": inputs.num_rows,
+            "scored": fresh.num_rows,
             "errors": sum(prediction.status == "error" for prediction in predictions),
             "engine": self._predictor.engine.name,
             "photos": predicted - start - network,
@@ -194,18 +206,23 @@ class Scorer:
     def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
         """Fetched, and decoded in processes of their own."""
         for root, rows in groupby(entries(inputs), itemgetter(0)):
-            wanted = [entry for _, entry in rows]
-            if root not in self._storages:
-                self._storages[root] = storage = open_storage(root)
-                seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
-                if seen or root in self._folders:
-                    _require_seen(storage)
-            contents = iter(fetch(self._storages[root], wanted))
+            contents = self._contents(root, [entry for _, entry in rows])
             if self._config.gpu:
                 yield from self._decode(contents)
             else:  # one core does it all, and is slower when it goes to and fro
                 while burst := list(self._decode(islice(contents, BURST))):
                     yield from burst
+
+    def _contents(self, root: str, wanted: Sequence[Entry]) -> Iterator[bytes | ImageError]:
+        if root not in self._storages:
+            self._storages[root] = open_storage(root)
+        storage, gone = self._storages[root], False
+        for found in fetch(storage, wanted):
+            gone |= isinstance(found, ImageError) and found.code == "E_SRC_GONE"
+            yield found
+        seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
+        if gone and (seen or root in self._folders):
+            _require_seen(storage)
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
         return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))

@@ -13,6 +13,7 @@ import ray.train.torch
 import torch
 from ray.util.queue import Queue
 
+from fruitray import status
 from fruitray.augment import VARIANTS
 from fruitray.backbones import layer_summary
 from fruitray.batch_norm import Synchronised
@@ -24,7 +25,7 @@ from fruitray.checkpoints import (
     newest_checkpoint,
 )
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import require_room
+from fruitray.cluster.placement import cpus_per_gpu, require_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours
 from fruitray.config import FitConfig, TrainConfig
@@ -49,18 +50,24 @@ def run(config: TrainConfig) -> str:
     require_ours(out, "train", config, index.sha256)
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
-        return preflight("train", reads, config.out, workers=config.workers, cpus=1, gpus=int(config.gpu), disk=size)
-    if not out.exists(DESCRIPTION):
+        connect()
+        share = _share(config)
+        each = {"cpus": share["CPU"], "gpus": share.get("GPU", 0.0)}
+        return preflight("train", reads, config.out, workers=config.workers, **each, disk=size)
+    if out.exists(DESCRIPTION):
+        status.mend(out)
+    else:
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
         claim(out, "train", config, index.sha256)
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
-        require_room(config.workers, cpus=1, gpus=int(config.gpu))
+        share = _share(config)
+        require_room(config.workers, cpus=share["CPU"], gpus=share.get("GPU", 0))
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
-        delete_checkpoints(out)
+    delete_checkpoints(out)
     model_id = show_final(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
 
@@ -103,11 +110,14 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchT
 
 
 def _share(config: TrainConfig) -> dict[str, float]:
-    """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets."""
+    """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets; with a GPU, those
+    that any node has for each of its GPUs."""
+    if config.gpu:
+        return {"CPU": cpus_per_gpu(), "GPU": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
     share = min(nodes, default=1) // -(-config.workers // max(1, len(nodes)))
-    return {"CPU": max(1, share), **({"GPU": 1} if config.gpu else {})}
+    return {"CPU": max(1, share)}
 
 
 def _work(job: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@
 #     . local-cluster/environment         in others: leads fruitray, `ray job submit` and `aws s3` there
 #
 # The S3 server and Ray's dashboard listen on loopback. Ray itself listens on every interface, whatever it is told: the
-# token keeps others out. Ports: GCS_PORT, DASHBOARD_PORT (and the next three), S3_PORT (and the next seven).
+# token keeps others out. The S3 server's other ports ask for no key, so whoever has an account on this machine can read
+# what is in it. Ports: GCS_PORT, DASHBOARD_PORT (and the next three), S3_PORT (and the next seven).
 set -euo pipefail
 umask 077
 
@@ -19,6 +20,7 @@ done
 mkdir -p "${1:-local-cluster}/s3"
 cd "${1:-local-cluster}"
 
+echo '*' > .gitignore    # nor does Ray upload any of it with a working directory
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 [ -s token ] || random 32 > token
 [ -s keys ] || echo "$(random 10) $(random 20)" > keys
@@ -30,6 +32,7 @@ END
 cat > environment << END
 export AWS_ACCESS_KEY_ID=$access AWS_SECRET_ACCESS_KEY=$secret AWS_REGION=us-east-1 AWS_DEFAULT_REGION=us-east-1
 export AWS_ENDPOINT_URL=http://$host:$s3 AWS_EC2_METADATA_DISABLED=true
+export NO_PROXY=\${NO_PROXY:+\$NO_PROXY,}$host no_proxy=\${no_proxy:+\$no_proxy,}$host
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/token RAY_USAGE_STATS_ENABLED=0
 export RAY_ADDRESS=$host:$gcs RAY_API_SERVER_ADDRESS=http://$host:$dashboard
 END
@@ -64,6 +67,7 @@ ray=$!
 until python -c "import boto3; boto3.client('s3').create_bucket(Bucket='$bucket')" 2> s3-client.log ||
     grep -q BucketAlready s3-client.log; do
     kill -0 $weed 2> /dev/null || { echo "start.sh: the S3 server did not start; see $PWD/s3.log" >&2; exit 1; }
+    [ $SECONDS -lt 300 ] || { echo "start.sh: there is no bucket $bucket; see $PWD/s3-client.log" >&2; exit 1; }
     sleep 0.5
 done
 until RAY_ADDRESS=http://$host:$dashboard ray job list > /dev/null 2>&1; do

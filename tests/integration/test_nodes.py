@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fruitray.commit import verify
@@ -75,6 +77,8 @@ def test_a_node_is_lost_in_every_phase_and_all_ends_verified(
         code, printed = end_of(running)
         assert code == 0, printed
         add()
+    trials = pq.read_table(pa.BufferReader(open_storage(tune).read("trials.parquet"))).to_pylist()
+    assert [(trial["epochs"], trial["error"]) for trial in trials] == [(120, None)] * 2
     assert load_package(model).description["epochs"] == 4
     assert sum(part.rows for part in verify(open_storage(scores))) == 60
 

@@ -166,7 +166,10 @@ def test_no_job_may_do_what_it_has_no_need_of(job: str) -> None:
     writes = "scores/" if job in ("score", "verify") else "runs/"
     for prefix in ("raw/", "scores/", "runs/", "other/", "", "raw-2/"):
         assert allows(policies, _of_object("PutObject", f"{prefix}x")) == (prefix == writes)
-        assert allows(policies, _of_object("DeleteObject", f"{prefix}x")) == (prefix == writes == "runs/")
+        assert not allows(policies, _of_object("DeleteObject", f"{prefix}x"))
+        for passing in ("checkpoints", "_ray"):
+            deletes = allows(policies, _of_object("DeleteObject", f"{prefix}model/{passing}/x"))
+            assert deletes == (prefix == writes == "runs/")
     assert not allows(policies, _of_object("GetObject", "other/x"))
     for action in ("PutObjectAcl", "BypassGovernanceRetention", "DeleteObjectVersion"):
         assert not allows(policies, _of_object(action, f"{writes}x"))
@@ -224,7 +227,9 @@ def test_the_head_may_start_and_end_the_workers_of_its_cluster_alone(ec2: Any) -
     iam = boto3.client("iam")
     iam.create_instance_profile(InstanceProfileName=profile)
     ec2.create_key_pair(KeyName=f"ray-autoscaler_{REGION}")
-    node |= {"ImageId": image, "SubnetIds": [subnet], "KeyName": f"ray-autoscaler_{REGION}"}  # Ray makes the key
+    group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
+    node |= {"ImageId": image, "SubnetIds": [subnet], "SecurityGroupIds": [group]}
+    node |= {"KeyName": f"ray-autoscaler_{REGION}"}  # which Ray makes
 
     provider = AWSNodeProvider(cluster["provider"], cluster["cluster_name"])
     asked: list[tuple[str, dict[str, Any]]] = []

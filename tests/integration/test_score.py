@@ -40,13 +40,19 @@ def _rows(uri: str) -> dict[str, dict[str, Any]]:
 def test_the_rows_are_what_the_predictor_says_in_this_process(scorable: str) -> None:
     rows, raw = _rows(f"{scorable}/calm"), open_storage(f"{scorable}/raw")
     keys = sorted(entry.key for entry in raw.list())
-    predictor = Predictor(load_package(f"{scorable}/model"), gpu=False, batch_size=7)
+    predictor, compared = Predictor(load_package(f"{scorable}/model"), gpu=False, batch_size=7), 0
     for key, prediction in zip(keys, predictor.predict([raw.read(key) for key in keys]), strict=True):
         row = rows[f"{scorable}/raw/{key}"]
         assert (row["status"], row["error_code"]) == (prediction.status, prediction.error_code)
         if prediction.status == "ok":
             scores = dict(zip(prediction.top_labels or (), prediction.top_scores or (), strict=True))
             assert dict(zip(row["top_labels"], row["top_scores"], strict=True)) == pytest.approx(scores, abs=1e-2)
+            assert row["label"] == row["top_labels"][0]
+            first, second = sorted(scores.values())[:-3:-1]
+            if first - second > 2e-2:
+                compared += 1
+                assert row["label"] == prediction.label
+    assert compared > SCORED / 2
     assert len({row["label"] for row in rows.values()}) == 4, "three classes, and none for errors"
 
 

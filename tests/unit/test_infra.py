@@ -36,6 +36,7 @@ def test_machines_have_no_public_address_no_keys_and_a_role_of_their_own(aws: di
     for name, kind in aws["available_node_types"].items():
         config = kind["node_config"]
         assert config["SubnetIds"], name
+        assert config["SecurityGroupIds"], "the one that Ray would make takes SSH from everywhere"
         assert config["IamInstanceProfile"]["Name"] == ("fruitray-head" if name == "head" else "fruitray-worker")
         assert config["MetadataOptions"]["HttpTokens"] == "required"
         assert all(device["Ebs"]["Encrypted"] for device in config["BlockDeviceMappings"])
@@ -46,7 +47,11 @@ def test_every_node_asks_for_the_token_and_the_dashboard_is_on_loopback(aws: dic
     for commands in (aws["head_start_ray_commands"], aws["worker_start_ray_commands"]):
         [start] = [command for command in commands if "ray start" in command]
         assert "RAY_AUTH_MODE=token" in start
-    assert "--dashboard-host=127.0.0.1" in " ".join(aws["head_start_ray_commands"])
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):  # a private subnet reaches its own region's S3 alone
+            assert f"{name}={aws['provider']['region']}" in start
+    head = " ".join(aws["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "FRUITRAY_GROWING_CLUSTER=1" in head, "else a job is refused as long as there is no worker"
 
 
 def test_no_secret_is_written_down() -> None:

@@ -227,7 +227,9 @@ def test_the_head_and_the_drivers_take_nothing_from_the_workers(documents: list[
         assert head["rayStartParams"]["num-cpus"] == "0"
         assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert cluster["enableInTreeAutoscaling"] is True
-        assert all(0 < group["minReplicas"] < group["maxReplicas"] for group in cluster["workerGroupSpecs"])
+        for group in cluster["workerGroupSpecs"]:
+            least = 0 if group["groupName"] == "gpu" else 1
+            assert least == group["minReplicas"] == group["replicas"] < group["maxReplicas"]
     for job in of_kind(documents, "RayJob"):
         assert job["spec"]["entrypointNumGpus"] == job["spec"]["entrypointNumCpus"] == 0
 

@@ -7,25 +7,34 @@ import pytest
 import ray
 
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import OPEN, claim, require_answer, require_token
+from fruitray.cluster.runtime import OPEN, claim, keep_token_private, require_answer, require_token
 from fruitray.config import TrainConfig
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError
 from fruitray.storage import LocalStorage
 
 
 def test_several_nodes_without_a_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.delenv(OPEN, raising=False)
-    require_token(1)
+    for name in (OPEN, GROWS):
+        monkeypatch.delenv(name, raising=False)
+    require_token(1, asks=False)
+    require_token(2, asks=True)
     with pytest.raises(UsageError, match=f"RAY_AUTH_MODE=token.*{OPEN}=1"):
-        require_token(2)
+        require_token(2, asks=False)
+    monkeypatch.setenv(GROWS, "1")
+    with pytest.raises(UsageError, match="asks for no token"):
+        require_token(1, asks=False)
+    monkeypatch.setenv(OPEN, "1")
+    require_token(2, asks=False)
 
 
-@pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_MODE", "token"), (OPEN, "1")])
-def test_a_token_or_a_word_opens_the_way(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setenv(name, value)
-    require_token(2)
+def test_a_token_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token := tmp_path / "ray" / "token"))
+    keep_token_private()
+    assert (token.stat().st_mode & 0o777, len(made := token.read_text())) == (0o600, 64)
+    token.chmod(0o644)
+    keep_token_private()
+    assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, made)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,18 @@ def test_what_breaks_a_job_off_is_told(out: Storage, error: BaseException, expec
     assert told(out).items() >= expected.items()
 
 
+def test_what_is_done_but_was_killed_before_it_said_so_says_so_when_run_again(out: Storage) -> None:
+    with status.of("score"):
+        status.begin(out)
+        killed = out.read("status.json")
+    out.write("status.json", killed)
+    for said in ("now it is told", "and is told once"):
+        with status.of("score") as job:
+            status.mend(out)
+            job.end(0, said)
+    assert (told(out)["state"], told(out)["said"]) == ("succeeded", "now it is told")
+
+
 def test_a_place_that_takes_no_status_fails_no_job(tmp_path: Path) -> None:
     class Full(LocalStorage):
         def write(self, key: str, data: bytes) -> None:
