@@ -10,7 +10,6 @@ store of 1,000,000 keys, which is made up, is listed and planned. Each in a proc
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from unittest import mock
 
 from fruitray.config import ModelConfig
 from fruitray.storage import Entry, LocalStorage, open_storage
-from tests.benchmarks.audit import REAL, draw, start_ray
+from tests.benchmarks.audit import REAL, draw, peak, start_ray
 from tests.benchmarks.score import SIZE, save_fresh, timed
 
 LINKED = 500
@@ -42,10 +41,10 @@ def memory(folder: str, package: str, engine: str) -> tuple[float, ...]:
     from fruitray.cluster import score  # noqa: F401  what is loaded counts as before
 
     start_ray()
-    before = _peak()
+    before = peak()
     with tempfile.TemporaryDirectory() as out:
         timed(folder, package, out, "eager")
-    return before, _peak()
+    return before, peak()
 
 
 def first(folder: str, package: str, engine: str) -> tuple[float, ...]:
@@ -86,17 +85,13 @@ def plan(folder: str, package: str, engine: str) -> tuple[float, ...]:
     from fruitray import inputs
     from fruitray.commit import read_shards, write_plan
 
-    before = _peak()
+    before = peak()
     start = time.perf_counter()
     with mock.patch.object(inputs, "open_storage", _MadeUp):
         listed, _ = inputs.list_inputs([folder])
     with tempfile.TemporaryDirectory() as out:
         read_shards(open_storage(out), write_plan(open_storage(out), {}, listed, 1000))
-    return time.perf_counter() - start, _peak() - before
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return time.perf_counter() - start, peak() - before
 
 
 CONTENDERS = {function.__name__: function for function in (seconds, memory, first, plan)}
