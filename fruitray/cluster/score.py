@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, TypeGuard
@@ -35,7 +36,7 @@ from fruitray.commit import (
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
-from fruitray.errors import AccessDeniedError, ImageError, NoInputError, TooManyBadImagesError
+from fruitray.errors import AccessDeniedError, ImageError, NoInputError, TooManyBadImagesError, TryAgainError
 from fruitray.images import fetch
 from fruitray.inputs import INPUTS, LISTS, entries, list_inputs
 from fruitray.metrics import summary
@@ -139,10 +140,11 @@ def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
     if not inputs.num_rows:
         raise NoInputError(" ".join(config.images))
     some = inputs.take([number * (inputs.num_rows - 1) // (TRIED - 1) for number in range(TRIED)])
-    for root, rows in groupby(entries(some), itemgetter(0)):
-        refused = [found for found in fetch(open_storage(root), [entry for _, entry in rows]) if _is_refused(found)]
-        if len(refused) == TRIED:
-            raise AccessDeniedError(root, f"files may be listed but not read: {refused[0].detail}")
+    with suppress(TryAgainError):  # what cannot be had just now, workers try again
+        for root, rows in groupby(entries(some), itemgetter(0)):
+            refused = [found for found in fetch(open_storage(root), [entry for _, entry in rows]) if _is_refused(found)]
+            if len(refused) == TRIED:
+                raise AccessDeniedError(root, f"files may be listed but not read: {refused[0].detail}")
     return inputs, skipped
 
 

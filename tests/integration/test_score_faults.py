@@ -106,13 +106,13 @@ def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorab
 
 
 LONG = 12
-"""As often as two runs of score read a photo that they do not get."""
+"""As often as the workers of two runs read a photo that they do not get."""
 
 
 def _moody(method: str, path: str, before: int) -> str:
     """One part is refused once, one photo cannot be read for long; a fifth of all else goes wrong at first."""
     key = path.split("/", 2)[-1]  # without the bucket, whose name is another each time
-    if "/000%20" in key and method == "GET" and before < LONG:
+    if "/007%20" in key and method == "GET" and before < LONG:
         return "short"
     if before:
         return ""
