@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.cluster import score
 from fruitray.cluster.scorer import Scorer
 from fruitray.commit import PLAN, verify
 from fruitray.config import ScoreConfig
-from fruitray.errors import ImageError, NotFoundError
+from fruitray.errors import AccessDeniedError, ImageError, NotFoundError
 from fruitray.images import decode
 from fruitray.inputs import list_inputs
 from fruitray.package import load_package
@@ -24,6 +25,7 @@ from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
 from tests.cluster import Cluster, end_of, wait_for
 from tests.integration.conftest import SCORED, fill_scorable, save_untrained, score_arguments
+from tests.trouble import trouble_before
 from tests.unit.test_bad_input import FILES, HIDDEN, NEVER_OPENED, fill
 
 
@@ -72,6 +74,24 @@ def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: P
     photos.mkdir()
     with pytest.raises(NotFoundError, match="empty on"):
         Scorer(config, "eager", cpus=1)(shard)
+
+
+def test_photos_that_may_be_listed_but_not_read_are_told_before_a_plan_is_written(
+    s3: S3Server, aws: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_untrained(str(tmp_path / "model"))
+    for number in range(5):
+        open_storage(f"s3://{aws}/raw").write(f"{number}.jpg", _good_photo())
+    config = ScoreConfig(package=str(tmp_path / "model"), images=(f"s3://{aws}/raw",), out=str(tmp_path / "out"))
+
+    def forbid(method: str, path: str, _: int) -> str:
+        return "denied" if method == "GET" and "/raw/" in path else ""
+
+    with trouble_before(s3.endpoint, forbid) as (endpoint, _):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(AccessDeniedError, match="listed but not read"):
+            score.run(config)
+    assert not (tmp_path / "out" / PLAN).exists()
 
 
 def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Cluster, scorable: str) -> None:
