@@ -67,6 +67,7 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
     outputs = 0
     while kills:  # as many outputs as it takes to kill so often
         outputs += 1
+        assert outputs <= len(KILLS) * rounds, f"{len(kills)} cannot be killed"
         name = f"disturbed-{outputs}"
         out, arguments = open_storage(f"{scorable}/{name}"), ["score", *score_arguments(scorable, name)]
         job = nodes.cluster.start(*arguments)
