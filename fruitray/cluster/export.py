@@ -1,6 +1,5 @@
 """export: a model package for other runtimes. Needs no cluster; it stands here so that every job is in one place."""
 
-from fruitray import status
 from fruitray.cluster.runtime import open_input, open_output
 from fruitray.config import ExportConfig
 from fruitray.console import say
@@ -15,7 +14,6 @@ def run(config: ExportConfig) -> str:
     out = open_output(config.out, images)
     package = load_package(config.package)
     require_free(out, package.model_id, config.format)
-    status.begin(out)
     written = export(package, config.format, images, out)
     parity = written["parity"]
     say(

@@ -144,7 +144,6 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(run: Run) -
         "tune": "runs/tune",
         "train": "runs/model",
         "score": "scores/1",
-        "export": "runs/export",
     }.items():
         told = json.loads(open_storage(f"{run.root}/{place}").read("status.json"))
         assert (told["job"], told["state"], told["exit_code"]) == (job, "succeeded", 0)
