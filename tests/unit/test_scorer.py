@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fruitray import console
 from fruitray.cluster import scorer
 from fruitray.cluster.scorer import GIVE_UP, STAGES, score_shards
 from fruitray.config import ScoreConfig
@@ -24,6 +25,7 @@ def answered(answers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> 
             taken.append(answer)
             yield pa.Table.from_pylist([answer], scorer._ANSWER)
 
+    monkeypatch.setattr(console, "_shown", {})  # else the progress that is broken off here would be another test's
     monkeypatch.setattr(scorer, "stream", stream)
     monkeypatch.setattr(scorer, "connect", lambda: None)
     monkeypatch.setattr(scorer, "say_who_waits", lambda *_, **__: None)
