@@ -30,8 +30,7 @@ class Status:
     """How one job fares."""
 
     def __init__(self, job: str) -> None:
-        there = versions() | {"ray": metadata.version("ray")}
-        self._facts: dict[str, Any] = {"job": job, "started": _now(), "versions": there}
+        self._facts: dict[str, Any] = {"job": job, "started": _now()}
         self._out: Storage | None = None
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True)
@@ -39,6 +38,7 @@ class Status:
     def begin(self, out: Storage) -> None:
         """From now on keep it below `out`, which must be this job's."""
         self._out = out
+        self._facts["versions"] = versions() | {"ray": metadata.version("ray")}
         self._write(state="running")
         self._beats.start()
 

@@ -18,6 +18,7 @@ from ray import ObjectRef
 from fruitray import status
 from fruitray.audit import LINES, audit, summary
 from fruitray.cluster.placement import require_room
+from fruitray.cluster.preflight import preflight
 from fruitray.cluster.runtime import (
     beside_driver,
     claim,
@@ -51,8 +52,6 @@ def run(config: PrepareConfig) -> str:
     if all(is_hidden(entry.key) for entry in images.list()):
         raise NoInputError(images.uri)
     if config.dry_run:
-        from fruitray.cluster.preflight import preflight  # on use: it needs torch
-
         return preflight("prepare", [config.images], config.out, cpus=1)
     connect()
     require_room(1, cpus=1, gpus=0)

@@ -51,9 +51,7 @@ def run(config: TrainConfig) -> str:
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
         connect()
-        share = _share(config)
-        each = {"cpus": share["CPU"], "gpus": share.get("GPU", 0.0)}
-        return preflight("train", reads, config.out, workers=config.workers, **each, disk=size)
+        return preflight("train", reads, config.out, workers=config.workers, **_share(config), disk=size)
     if out.exists(DESCRIPTION):
         status.mend(out)
     else:
@@ -61,8 +59,7 @@ def run(config: TrainConfig) -> str:
         claim(out, "train", config, index.sha256)
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
-        share = _share(config)
-        require_room(config.workers, cpus=share["CPU"], gpus=share.get("GPU", 0))
+        require_room(config.workers, **_share(config))
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with lines_from_workers() as lines:
@@ -95,11 +92,13 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchTrainer:
+    share = _share(config)
+    resources = {"CPU": share["cpus"], **({"GPU": share["gpus"]} if config.gpu else {})}
     return ray.train.torch.TorchTrainer(
         _work,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=_share(config)
+            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
@@ -113,11 +112,11 @@ def _share(config: TrainConfig) -> dict[str, float]:
     """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets; with a GPU, those
     that any node has for each of its GPUs."""
     if config.gpu:
-        return {"CPU": cpus_per_gpu(), "GPU": 1}
+        return {"cpus": cpus_per_gpu(), "gpus": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
     share = min(nodes, default=1) // -(-config.workers // max(1, len(nodes)))
-    return {"CPU": max(1, share)}
+    return {"cpus": max(1, share), "gpus": 0}
 
 
 def _work(job: dict[str, Any]) -> None:
