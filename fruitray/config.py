@@ -402,8 +402,9 @@ class ScoreConfig:
     """Add what the network's head sees of each photo, as a column `embedding`."""
     partition_by: Literal["nothing", "folder"] = "nothing"
     """Write data/folder=NAME/part-*.parquet, by the first folder of each photo, or by the `label` of a list."""
-    shard_rows: int = 256
-    """Rows per Parquet file at most: the unit of work, commit and resume."""
+    shard_rows: int = 0
+    """Rows per Parquet file at most: the unit of work, commit and resume; 0 takes what keeps all workers busy to the
+    end, from 32 to 4096."""
     batch_size: int = 0
     """Photos per forward pass; 0 takes what suits the device."""
     engine: Literal["auto", "eager", "compile", "openvino"] = "auto"
@@ -430,7 +431,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         require(len(self.images) > 0, "images", self.images, "must name at least one place")
         require(self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
-        require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "must be at least 1")
+        require(self.shard_rows >= 0, "shard_rows", self.shard_rows, "must not be negative")
         require(self.batch_size >= 0, "batch_size", self.batch_size, "must not be negative")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")
         require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")

@@ -21,7 +21,7 @@ _HELD = 4
 
 
 class Earlier:
-    """The output at `uri`, finished or not: what is committed there stays as it is."""
+    """The output at `uri`, finished or not: what is committed there stays as it is. Several threads may ask it."""
 
     def __init__(self, uri: str) -> None:
         self._storage = open_storage(uri)
@@ -75,11 +75,13 @@ class Earlier:
         return pa.table(columns, schema=_KNOWN)
 
     def _part(self, key: str) -> pa.Table:
-        if key not in self._held:
-            self._held[key] = pq.read_table(pa.BufferReader(self._storage.read(key))).replace_schema_metadata(None)
+        part = self._held.get(key)
+        if part is None:
+            part = pq.read_table(pa.BufferReader(self._storage.read(key))).replace_schema_metadata(None)
+            self._held[key] = part
             if len(self._held) > _HELD:
                 self._held.popitem(last=False)
-        return self._held[key]
+        return part
 
 
 _ASKED = ["uri", "etag", "status", "error_code"]

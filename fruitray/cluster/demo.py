@@ -75,7 +75,7 @@ def _run_jobs(config: DemoConfig, folder: Path) -> float:
     _job("tune", "--index", index, "--out", tune, "--backbones", *backbones, *space, *budget)
     _job("train", "--index", index, "--out", model, "--config", f"{tune}/best.json")
     start = time.perf_counter()
-    _job("score", "--package", model, "--images", raw, "--out", scores, "--shard-rows", "64")
+    _job("score", "--package", model, "--images", raw, "--out", scores)
     seconds = time.perf_counter() - start
     _job("verify", "--out", scores)
     return 3 * config.per_class / seconds

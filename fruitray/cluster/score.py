@@ -56,6 +56,8 @@ DECIDING = (
     "retry_errors",
 )
 """Options that decide what stands in the output."""
+SHARDS_EACH, LEAST_ROWS, MOST_ROWS = 16, 32, 4096
+"""Shards that there are for each worker, so that none is idle for long while others end; and rows of one."""
 PROBED = 64
 """Photos that a dry run scores, per worker."""
 TRIED = 3
@@ -110,9 +112,11 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     if plan := _standing_plan(config, settings, out):
         return plan
     inputs, skipped = _inputs(config)
-    settings["engine"] = _engine(config, inputs.num_rows)
+    workers = _workers(config)
+    settings["engine"] = _engine(config, inputs.num_rows, workers)
     inputs = _with_known(config, settings, inputs)
-    plan = write_plan(out, settings, inputs, config.shard_rows, partitioned=config.partition_by == "folder")
+    rows = _shard_rows(config, inputs.num_rows, workers)
+    plan = write_plan(out, settings, inputs, rows, partitioned=config.partition_by == "folder")
     say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {skipped}")
     if not plan.created_atomically:
         say(
@@ -164,11 +168,17 @@ def _with_known(config: ScoreConfig, settings: Mapping[str, Any], inputs: pa.Tab
     return inputs
 
 
-def _engine(config: ScoreConfig, photos: int) -> EngineName:
-    if config.engine != "auto":
-        return config.engine
+def _workers(config: ScoreConfig) -> int:
     connect()
-    return pick_engine(photos // worker_count(config.workers, gpu=config.gpu), gpu=config.gpu)
+    return worker_count(config.workers, gpu=config.gpu)
+
+
+def _engine(config: ScoreConfig, photos: int, workers: int) -> EngineName:
+    return pick_engine(photos // workers, gpu=config.gpu) if config.engine == "auto" else config.engine
+
+
+def _shard_rows(config: ScoreConfig, photos: int, workers: int) -> int:
+    return config.shard_rows or min(max(photos // (workers * SHARDS_EACH), LEAST_ROWS), MOST_ROWS)
 
 
 # ---- What a person is told
@@ -178,7 +188,7 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
     reads = [package.uri, *(place for place in config.images if not place.endswith(LISTS))]
     each = needs(gpu=config.gpu)
     say(preflight("score", reads, config.out, workers=config.workers or 1, cpus=each["cpus"], gpus=each["gpus"]))
-    settings, out = _settings(config, package), open_storage(config.out)
+    settings, out, workers = _settings(config, package), open_storage(config.out), _workers(config)
     if plan := _standing_plan(config, settings, out):
         shards = read_shards(out, plan)
         done, engine = committed(out, shards), plan.settings["engine"]
@@ -186,14 +196,14 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
         inputs = pa.concat_tables([INPUTS.empty_table(), *(shards[key] for key in shards.keys() - done)])
     else:
         inputs, skipped = _inputs(config)
-        engine = _engine(config, inputs.num_rows)
+        engine = _engine(config, inputs.num_rows, workers)
         size = pc.sum(inputs["size"]).as_py() / 1e6
         say(f"score: {inputs.num_rows:,} photos, {size:,.1f} MB; hidden files skipped: {skipped}")
         inputs = _with_known(config, settings, inputs)
     inputs = inputs.filter(pc.is_null(inputs["known_part"]))
     if not (photos := inputs.num_rows):
         return "score: nothing is left to score; nothing was written"
-    workers = min(worker_count(config.workers, gpu=config.gpu), photos)
+    workers = min(workers, photos)
     count = min(photos, workers * PROBED)
     probe = inputs.take([number * photos // count for number in range(count)])
     shards = {str(number): probe.take(list(range(number, count, workers))) for number in range(workers)}
@@ -201,8 +211,9 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
     work = score_shards(config, shards, engine)
     busy = sum(work.seconds.values())
     started = time.perf_counter() - start - busy / workers
-    turns = math.ceil(photos / config.shard_rows / workers)  # the photos of a shard are one worker's
-    seconds = started + busy / work.rows * max(photos / workers, min(photos, turns * config.shard_rows))
+    rows = _shard_rows(config, photos, workers)
+    turns = math.ceil(photos / rows / workers)  # the photos of a shard are one worker's
+    seconds = started + busy / work.rows * max(photos / workers, min(photos, turns * rows))
     cost = _cost(config, seconds, photos)
     return f"score: all would take about {_duration(seconds)}{cost}, start-up {started:.0f} s; nothing was written"
 

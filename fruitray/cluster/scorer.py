@@ -3,11 +3,12 @@
 import json
 import os
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -39,6 +40,8 @@ GIVE_UP = 8
 """Shards that fail one after the other before a job does: then it is hardly single photos, and each takes its time."""
 WARM_UP = 8
 """Photos that a worker of a dry run reads before its clock starts: clients and decoders take a while to get going."""
+AT_ONCE = 2
+"""Shards that a worker has in hand: one is computed, the one before it written or the next one's photos fetched."""
 STAGES = ("photos", "network", "commit")
 """What a worker spends its time on: waiting for photos to be fetched and decoded, computing, writing."""
 
@@ -80,7 +83,12 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
             tables,
             Scorer,
             fn_constructor_args=(config, engine, cpus),
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=workers,
+                max_tasks_in_flight_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=cpus,
             num_gpus=1 if config.gpu else 0,
         ):
@@ -119,7 +127,7 @@ _ANSWER = pa.schema(
 
 
 class Scorer:
-    """One worker: a shard in, its rows committed, their counts out."""
+    """One worker: a shard in, its rows committed, their counts out. `AT_ONCE` threads may call it."""
 
     def __init__(self, config: ScoreConfig, engine: EngineName, cpus: int) -> None:
         torch.set_num_threads(1)
@@ -138,9 +146,11 @@ class Scorer:
             embeddings=config.embeddings,
         )
         self._decoders = IsolatedPool(RGB, cpus)
+        self._turn = threading.Lock()
+        """Held by the thread that decodes and computes."""
         self._storages: dict[str, Storage] = {}
         self._folders = {open_storage(place).uri for place in config.images if not place.endswith(LISTS)}
-        self._earlier: Earlier | None = None
+        self._earlier = Earlier(config.previous) if config.previous else None
         if config.dry_run:
             return
         self._out = open_storage(config.out)
@@ -157,17 +167,19 @@ class Scorer:
 
     def _score(self, task: pa.Table) -> dict[str, Any]:
         if self._config.dry_run:
-            self._predictor.predict_squares(self._squares(task.slice(0, WARM_UP)))
-        start, computed = time.perf_counter(), self._predictor.seconds
+            self._predictor.predict_squares(self._squares(self._contents(task.slice(0, WARM_UP))))
         inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
-        predictions = self._predictor.predict_squares(self._squares(fresh))
-        predicted = time.perf_counter()
+        contents = self._contents(fresh)
+        first = list(islice(contents, 1))  # fetched, as are those that follow it, while another shard is computed
+        with self._turn:
+            start, computed = time.perf_counter(), self._predictor.seconds
+            predictions = self._predictor.predict_squares(self._squares(chain(first, contents)))
+            network, predicted = self._predictor.seconds - computed, time.perf_counter()
         if not self._config.dry_run:
             rows = score_rows(fresh, predictions, self._package.model_id, embeddings=self._config.embeddings)
             rows = self._with_known(inputs, rows)
             commit(self._out, self._plan, part, inputs, rows, self._lineage(inputs))
-        network = self._predictor.seconds - computed
         return {
             "rows": inputs.num_rows,
             "scored": fresh.num_rows,
@@ -181,10 +193,8 @@ class Scorer:
     def _with_known(self, inputs: pa.Table, rows: pa.Table) -> pa.Table:
         """`rows`, and those that an earlier output has, in the order of `inputs`."""
         known = inputs.filter(pc.is_valid(inputs["known_part"]))
-        if not known.num_rows:
+        if self._earlier is None or not known.num_rows:
             return rows
-        if self._earlier is None:
-            self._earlier = Earlier(str(self._config.previous))
         together = pa.concat_tables([rows, self._earlier.rows(known).cast(rows.schema)])
         return together.take(pc.index_in(uris(inputs), together["uri"]))
 
@@ -203,17 +213,19 @@ class Scorer:
             said["previous"] = json.dumps({"uri": self._config.previous, "rows": known})
         return {f"fruitray.{name}": value for name, value in said.items()}
 
-    def _squares(self, inputs: pa.Table) -> Iterator[Square | ImageError]:
-        """Fetched, and decoded in processes of their own."""
-        for root, rows in groupby(entries(inputs), itemgetter(0)):
-            contents = self._contents(root, [entry for _, entry in rows])
-            if self._config.gpu:
-                yield from self._decode(contents)
-            else:  # one core does it all, and is slower when it goes to and fro
-                while burst := list(self._decode(islice(contents, BURST))):
-                    yield from burst
+    def _squares(self, contents: Iterator[bytes | ImageError]) -> Iterator[Square | ImageError]:
+        """Decoded in processes of their own."""
+        if self._config.gpu:
+            yield from self._decode(contents)
+        else:  # one core does it all, and is slower when it goes to and fro
+            while burst := list(self._decode(islice(contents, BURST))):
+                yield from burst
 
-    def _contents(self, root: str, wanted: Sequence[Entry]) -> Iterator[bytes | ImageError]:
+    def _contents(self, inputs: pa.Table) -> Iterator[bytes | ImageError]:
+        for root, rows in groupby(entries(inputs), itemgetter(0)):
+            yield from self._fetched(root, [entry for _, entry in rows])
+
+    def _fetched(self, root: str, wanted: Sequence[Entry]) -> Iterator[bytes | ImageError]:
         if root not in self._storages:
             self._storages[root] = open_storage(root)
         storage, gone = self._storages[root], False
