@@ -14,7 +14,9 @@ import tyro
 
 from fruitray import config as configs
 from fruitray import status
+from fruitray.console import say
 from fruitray.errors import UsageError, find_ours
+from fruitray.storage import Storage
 
 JOBS: dict[str, type[Any]] = {
     "prepare": configs.PrepareConfig,
@@ -23,6 +25,7 @@ JOBS: dict[str, type[Any]] = {
     "score": configs.ScoreConfig,
     "verify": configs.VerifyConfig,
     "export": configs.ExportConfig,
+    "report": configs.ReportConfig,
     "demo": configs.DemoConfig,
 }
 """Each job's config; `fruitray.cluster.NAME.run(config)` does the work and answers the line to end with."""
@@ -48,6 +51,9 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
             config = configs.resolved(parse(name, list(sys.argv[1:] if argv is None else argv)))
             job = importlib.import_module(f"fruitray.cluster.{name}")
             said, code = job.run(config), 0
+            told.end(code, said)
+            if told.out is not None and config.report:
+                _write_report(told.out)
         except KeyboardInterrupt:
             said, code = "interrupted", status.INTERRUPTED
         except Exception as error:
@@ -58,6 +64,17 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         print(f"fruitray {name}: {said}" if code else said, file=sys.stderr if code else sys.stdout, flush=True)
         told.end(code, said)
         return code
+
+
+def _write_report(out: Storage) -> None:
+    """A page of what the job has found; without it the job has done its work all the same."""
+    try:
+        from fruitray.report.page import FILE, write_report
+
+        out.write(FILE, write_report([out.uri]))
+        say(f"see {out.uri_of(FILE)}")
+    except Exception as error:
+        say(f"no report could be drawn: {type(error).__name__}: {error}")
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:

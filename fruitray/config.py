@@ -88,6 +88,8 @@ class PrepareConfig:
     """Draw so many training photos, and what --augment makes of each, into `augment.png`."""
     augment: str = "eightfold"
     """The augmentation to draw, as for `train`."""
+    report: bool = True
+    """Draw what was found, and what it was made from, as a page: `report.html`."""
     dry_run: bool = False
     """Say whether every node of the cluster reaches all of it and has room for it, and write nothing."""
 
@@ -328,6 +330,8 @@ class TuneConfig:
     """CPUs reserved for each trial."""
     gpus_per_trial: float = 0
     """GPUs reserved for each trial; a fraction lets several share one."""
+    report: bool = True
+    """As for `prepare`."""
     dry_run: bool = False
     """As for `prepare`."""
 
@@ -373,6 +377,8 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
     """Save a checkpoint when this time has passed, in the middle of an epoch too, and after each epoch unless that took
     much time; a run that is broken off loses no more than what came after its last one."""
+    report: bool = True
+    """As for `prepare`."""
     dry_run: bool = False
     """As for `prepare`."""
 
@@ -425,6 +431,8 @@ class ScoreConfig:
     folder that has grown."""
     retry_errors: bool = False
     """With --previous: score again what was an error there."""
+    report: bool = True
+    """As for `prepare`."""
     dry_run: bool = False
     """As for `prepare`; and score some photos, and say how long all would take."""
 
@@ -467,6 +475,19 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Draw what jobs have written as one page of HTML that needs nothing else."""
+
+    runs: tuple[str, ...]
+    """What jobs wrote, or folders of that; what it was made from comes along."""
+    out: str | None = None
+    """Folder or s3:// prefix for `report.html`; the first of --runs when not given."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "runs", self.runs, "must name at least one place")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """All of it on this machine, nothing needed: drawn photos, a local S3 server, a local Ray."""
 
@@ -485,7 +506,7 @@ class DemoConfig:
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
 
 
-PLACES = ("config", "images", "index", "out", "package", "previous", "weights")
+PLACES = ("config", "images", "index", "out", "package", "previous", "runs", "weights")
 """The options that name a place in storage."""
 
 

@@ -52,13 +52,14 @@ class UsageError(FruitrayError):
 
 @dataclass(eq=False)
 class NoInputError(FruitrayError):
-    """There is no photo below `uri`."""
+    """There is no photo below `uri`, or nothing else of what a job needs."""
 
     uri: str
+    reason: str = "holds no files to read"
     exit_code: ClassVar[int] = 3
 
     def __str__(self) -> str:
-        return f"{self.uri} holds no files to read"
+        return f"{self.uri} {self.reason}"
 
 
 @dataclass(eq=False)

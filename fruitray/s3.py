@@ -71,6 +71,15 @@ class S3Storage(Storage):
                     if item["Key"] != self._root:  # the marker that some tools leave for the root "folder"
                         yield Entry(item["Key"][len(self._root) :], item["Size"], item["ETag"].strip('"'))
 
+    def folders(self) -> Iterator[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._root, Delimiter="/"
+        )
+        with _errors(self.uri):
+            for page in pages:
+                names = (item["Prefix"][len(self._root) : -1] for item in page.get("CommonPrefixes", ()))
+                yield from (name for name in names if name and name[0] != ".")
+
     def stat(self, key: str) -> Entry:
         with _errors(self.uri_of(key)):
             answer = self._client.head_object(Bucket=self._bucket, Key=self._root + key)

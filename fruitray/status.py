@@ -3,6 +3,8 @@
     {"job": "score", "state": "running", "progress": {"step": "score", "done": 512, "total": 4500, "unit": "photos"},
      "started": "2026-01-31T12:00:00+00:00", "updated": "2026-01-31T12:01:10+00:00", "versions": {...}}
 
+`run`, once it is there, is what the job measured of itself, such as its speed.
+
 `state` is `running`, `succeeded`, `failed` or `interrupted`; the last three come with `exit_code`, and `said`, the last
 line of the job. One that was killed says `running` for ever: its `updated` stands still.
 """
@@ -30,21 +32,22 @@ class Status:
     """How one job fares."""
 
     def __init__(self, job: str) -> None:
-        self._facts: dict[str, Any] = {"job": job, "started": _now()}
-        self._out: Storage | None = None
+        self.facts: dict[str, Any] = {"job": job, "started": _now()}
+        self.out: Storage | None = None
+        """Where the job writes; None: it has not begun, or writes nothing."""
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True)
 
     def begin(self, out: Storage) -> None:
         """From now on keep it below `out`, which must be this job's."""
-        self._out = out
-        self._facts["versions"] = versions() | {"ray": metadata.version("ray")}
+        self.out = out
+        self.facts["versions"] = versions() | {"ray": metadata.version("ray")}
         self._write(state="running")
         self._beats.start()
 
     def end(self, exit_code: int, said: str) -> None:
         """Keep how the job ended, if it had begun."""
-        if self._out is None or self._ended.is_set():
+        if self.out is None or self._ended.is_set():
             return
         self._ended.set()
         self._beats.join()
@@ -56,10 +59,10 @@ class Status:
             self._write(state="running")
 
     def _write(self, **more: Any) -> None:
-        facts = {**self._facts, **more, "progress": console.shown(), "updated": _now()}
-        if self._out is not None:
+        facts = {**self.facts, **more, "progress": console.shown(), "updated": _now()}
+        if self.out is not None:
             with suppress(FruitrayError):  # a job does not fail for want of this
-                self._out.write(KEY, json.dumps(facts, indent=2).encode())
+                self.out.write(KEY, json.dumps(facts, indent=2).encode())
 
 
 _CURRENT: ContextVar[Status | None] = ContextVar("status", default=None)
@@ -86,6 +89,12 @@ def begin(out: Storage) -> None:
     """Keep the status of the job that runs below `out`, which must be its own."""
     if status := _CURRENT.get():
         status.begin(out)
+
+
+def note(**run: Any) -> None:
+    """Keep with the status what the job that runs has measured of itself."""
+    if status := _CURRENT.get():
+        status.facts["run"] = run
 
 
 def mend(out: Storage) -> None:

@@ -58,6 +58,10 @@ class Storage(ABC):
         """Every object whose key starts with `prefix`, folders walked through, in no promised order."""
 
     @abstractmethod
+    def folders(self) -> Iterator[str]:
+        """The names of the folders directly below the root, hidden ones left out."""
+
+    @abstractmethod
     def stat(self, key: str) -> Entry:
         """What `list` would say of the object at `key`; `NotFoundError` if there is none."""
 
@@ -139,6 +143,11 @@ class LocalStorage(Storage):
                 except FileNotFoundError:  # deleted meanwhile
                     continue
                 yield _entry(key, status)
+
+    def folders(self) -> Iterator[str]:
+        with _errors(self.uri):
+            items = sorted(os.scandir(self.uri), key=lambda item: item.name)
+        yield from (item.name for item in items if item.is_dir(follow_symlinks=False) and item.name[0] != ".")
 
     def stat(self, key: str) -> Entry:
         with _errors(self.uri_of(key)):

@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         field("fold_accuracies", pa.list_(pa.float64()), "of each fold of a cross-validation, else one"),
         field("recalls", pa.list_(pa.float64()), "per class, in the order of their names"),
         field("right", pa.list_(pa.bool_()), "whether each validation photo was, in the same order in every row"),
+        field("curve", pa.list_(pa.float64()), "validation accuracy after each epoch, fold by fold"),
         field("best_epoch", pa.int32(), "of the last fold, from 1"),
         field("epochs", pa.int32(), "trained, over all folds"),
         field("seconds", pa.float64(), "of the trial, its start and loading included"),

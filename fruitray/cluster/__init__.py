@@ -1,1 +1,23 @@
-"""The only Ray code of the library: one room per job, adapters from Ray to the rooms of `fruitray`."""
+"""The only Ray code of the library: one room per job, adapters from Ray to the rooms of `fruitray`.
+
+Here stands what Ray reads of the environment when it is imported.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own screen; ours is `console.py`
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # else a search forgets trials that ended in its last seconds
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # every second is meant
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C would end a search as if it were complete
+
+
+def token_path() -> Path:
+    """The file that Ray keeps its token in, or would."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+if os.environ.get("RAY_AUTH_TOKEN") or token_path().exists():  # then `ray start` asks for it; to join, one must say so
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

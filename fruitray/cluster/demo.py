@@ -24,6 +24,7 @@ from fruitray.config import DemoConfig, ModelConfig
 from fruitray.console import progress, say, show_table
 from fruitray.errors import UsageError, WeightsError
 from fruitray.final import show_final
+from fruitray.report.page import FILE as REPORT
 from fruitray.s3server import find_binary, s3_server
 from fruitray.storage import Storage, open_storage
 from fruitray.synthetic import photo_set
@@ -55,7 +56,7 @@ def run(config: DemoConfig) -> str:
             for output in OUTPUTS:
                 _copy(open_storage(f"{BUCKET}/{output}"), open_storage(str(kept / output)))
     _show(kept, scored_per_s, time.perf_counter() - start)
-    return f"demo: one row per photo in {kept / 'scores' / 'data'}"
+    return f"demo: one row per photo in {kept / 'scores' / 'data'}; all of it on one page: {kept / 'scores' / REPORT}"
 
 
 def _set_environment(variables: dict[str, str]) -> None:

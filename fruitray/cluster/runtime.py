@@ -13,13 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own screen; ours is `console.py`
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # else a search forgets trials that ended in its last seconds
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # every second is meant
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C would end a search as if it were complete
-
+import grpc
 import pyarrow as pa
 import ray
 import ray.data
@@ -29,6 +23,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fruitray import status
+from fruitray.cluster import token_path
 from fruitray.cluster.placement import GROWS
 from fruitray.config import to_json
 from fruitray.console import say
@@ -50,12 +45,13 @@ def connect() -> None:
         TryAgainError: nothing answers there.
     """
     if not ray.is_initialized():
-        address, asks = os.environ.get("RAY_ADDRESS", ""), os.environ.get("RAY_AUTH_MODE") == "token"
+        address = os.environ.get("RAY_ADDRESS", "")
         require_answer(address)
         if not address:
             keep_token_private()
-        ray.init(log_to_driver=False, logging_level="warning")  # which may set the mode, whatever the cluster's is
-        require_token(sum(node["Alive"] for node in ray.nodes()), asks=asks)
+        ray.init(log_to_driver=False, logging_level="warning")
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        require_token(nodes, asks=asks_for_token(ray.get_runtime_context().gcs_address))
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.raise_original_map_exception = True  # else an error of ours is lost inside one of Ray Data's
@@ -82,7 +78,7 @@ def keep_token_private() -> None:
     Ray would make it for all to read."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_path()
     with suppress(OSError):  # of another, or no home: Ray says what it has to
         if path.exists():
             path.chmod(0o600)
@@ -90,6 +86,17 @@ def keep_token_private() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether the head at `address` answers nobody who shows no token."""
+    asked = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(asked, request_serializer=bytes, response_deserializer=bytes)(b"", timeout=10)
+        except grpc.RpcError as error:
+            return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)  # the latter: TLS
+    return False
 
 
 def require_token(nodes: int, *, asks: bool) -> None:
@@ -180,7 +187,7 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial", "dry_run")
+FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial", "report", "dry_run")
 """Options that do not decide what comes out, so a job may be resumed with others."""
 FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
 """Those of one job alone."""

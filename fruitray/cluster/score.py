@@ -233,6 +233,8 @@ def _cost(config: ScoreConfig, seconds: float, photos: int) -> str:
 
 def _speed(config: ScoreConfig, work: Work, seconds: float) -> str:
     rate = work.scored / max(seconds, 1e-9)
+    per_thousand = None if config.cost_per_hour is None else config.cost_per_hour * seconds / 3.6 / max(work.scored, 1)
+    status.note(scored=work.scored, seconds=seconds, images_per_s=rate, cost_per_1000=per_thousand)
     stages = ", ".join(f"{stage} {work.seconds[stage]:.1f} s" for stage in STAGES)
     cost = _cost(config, seconds, work.scored)
     known = f", {work.rows - work.scored:,} rows taken over" if work.rows > work.scored else ""

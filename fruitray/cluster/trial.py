@@ -65,7 +65,7 @@ def train(
     space: dict[str, Any], state: dict[str, Any] | None = None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """After each epoch: what was measured, and the state to go on from, which is live: save it at once."""
-    state = state or {"fold": 0, "fit": None, "predictions": [], "epochs": 0, "seconds": 0.0}
+    state = state or {"fold": 0, "fit": None, "predictions": [], "curve": [], "epochs": 0, "seconds": 0.0}
     start, spent = time.perf_counter(), state["seconds"]
     config, fit_config = ModelConfig(**space["trial"]["model"]), FitConfig(**space["trial"]["fit"])
     index = read_index(space["index"])
@@ -88,13 +88,14 @@ def train(
                 "fold": fold,
                 "fit": epoch.state,
                 "predictions": [*done, epoch.best_predictions],
+                "curve": [*state["curve"], epoch.accuracy],
                 "epochs": before + epoch.number,
                 "seconds": spent + time.perf_counter() - start,
             }
             measured = _measured(state["predictions"], truth[: fold + 1], len(index.classes))
-            known = {"epochs": state["epochs"], "seconds": state["seconds"], "peak_memory": _peak_memory(device)}
-            speed = {"best_epoch": epoch.best_number, "images_per_s": epoch.images_per_s}
-            yield {**facts, **measured, **known, **speed}, state
+            known = {name: state[name] for name in ("curve", "epochs", "seconds")}
+            speed = {"images_per_s": epoch.images_per_s, "peak_memory": _peak_memory(device)}
+            yield {**facts, **measured, **known, "best_epoch": epoch.best_number, **speed}, state
         state = {**state, "fit": None}
 
 

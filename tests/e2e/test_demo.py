@@ -7,28 +7,42 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 
+from tests.browser import MODEL, PHOTOS, SCORES, TRIALS, require_readable
 from tests.cluster import PATIENCE_S, ROOT
 
 
-def test_the_demo_ends_with_a_row_per_photo_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small demo leaves; nothing runs any more."""
+    folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "jobs.demo", "--per-class", "20", "--trials", "2", "--epochs", "1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     demo = subprocess.run(
-        [*command, "--out", str(tmp_path)],
+        [*command, "--out", str(folder)],
         cwd=ROOT,
-        env=environment | {"TMPDIR": "/tmp", "DEMO_TEST": str(tmp_path)},
+        env=environment | {"TMPDIR": "/tmp", "DEMO_TEST": str(folder)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    [scores] = tmp_path.glob("*/scores/data")
-    rows = pq.read_table(scores)
+    left = [process for process in psutil.process_iter() if _environment(process).get("DEMO_TEST") == str(folder)]
+    assert left == []
+    [run] = folder.iterdir()
+    return run
+
+
+def test_the_demo_ends_with_a_row_per_photo(outputs: Path) -> None:
+    rows = pq.read_table(outputs / "scores" / "data")
     assert rows.num_rows == len(set(rows["uri"].to_pylist())) == 60
     assert rows["status"].to_pylist().count("error") == 2
-    left = [process for process in psutil.process_iter() if _environment(process).get("DEMO_TEST") == str(tmp_path)]
-    assert left == []
+
+
+def test_its_page_shows_all_of_it(outputs: Path) -> None:
+    for output, charts in (("index", PHOTOS), ("tune", PHOTOS | TRIALS), ("scores", PHOTOS | TRIALS | MODEL | SCORES)):
+        require_readable(outputs / output / "report.html", charts)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

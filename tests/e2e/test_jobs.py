@@ -92,6 +92,7 @@ def _jobs(root: str) -> dict[str, tuple[str, ...]]:
         "score": ("--package", model, "--images", raw, "--out", scores, "--shard-rows", "16", "--top-k", "2"),
         "verify": ("--out", scores),
         "export": ("--package", model, "--images", raw, "--out", export, "--format", "torch"),
+        "report": ("--runs", scores),
     }
 
 

@@ -144,6 +144,15 @@ def test_who_has_no_token_is_refused(started: tuple[Path, dict[str, str]], tmp_p
     assert "in 1" not in tried.stdout
 
 
+def test_to_join_a_cluster_a_job_needs_its_token_and_no_setting(started: tuple[Path, dict[str, str]]) -> None:
+    _, environment = started
+    code = "from fruitray.cluster import runtime; import ray; runtime.connect(); "
+    code += "print('asks:', runtime.asks_for_token(ray.get_runtime_context().gcs_address))"
+    kept = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
+    joined = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert "asks: True" in joined.stdout, joined.stderr
+
+
 def test_a_submitted_job_that_is_stopped_goes_on_when_submitted_again(
     started: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ POLICIES = {
     "score": ("read-photos", "read-runs", "write-scores"),
     "verify": ("write-scores",),
     "export": READS_AND_WRITES,
+    "report": ("read-photos", "read-runs", "write-scores"),
 }
 """What each job needs, where photos lie below raw/, scores below scores/, and all else below runs/."""
 ACCOUNT, REGION = "123456789012", "eu-central-1"
@@ -163,7 +164,7 @@ def _of_object(action: str, key: str, secure: str = "true") -> Call:
 @pytest.mark.parametrize("job", POLICIES)
 def test_no_job_may_do_what_it_has_no_need_of(job: str) -> None:
     policies = policies_of(job, "b")
-    writes = "scores/" if job in ("score", "verify") else "runs/"
+    writes = "scores/" if job in ("score", "verify", "report") else "runs/"
     for prefix in ("raw/", "scores/", "runs/", "other/", "", "raw-2/"):
         assert allows(policies, _of_object("PutObject", f"{prefix}x")) == (prefix == writes)
         assert not allows(policies, _of_object("DeleteObject", f"{prefix}x"))

@@ -33,6 +33,7 @@ def write_photos_and_index(folder: Path, seed: int = 0) -> str:
         {
             "uri": photos.uri_of(entry.key),
             "label": entry.key.partition("/")[0],
+            "status": "ok",
             "bytes": entry.size,
             "etag": entry.etag,
             "split": "train" if int(Path(entry.key).stem) < TRAIN else "val",

@@ -96,6 +96,9 @@ class Memory(Storage):
             self.objects[key] = data
             return True
 
+    def folders(self) -> Iterator[str]:
+        raise NotImplementedError
+
     def stat(self, key: str) -> Entry:
         raise AssertionError("nothing here needs it")
 
@@ -138,6 +141,9 @@ class Watched(Storage):
     def create(self, key: str, data: bytes) -> bool:
         self.writes.append(key)
         return self._do(lambda: self.inner.create(key, data))
+
+    def folders(self) -> Iterator[str]:
+        raise NotImplementedError
 
     def stat(self, key: str) -> Entry:
         return self._do(lambda: self.inner.stat(key))

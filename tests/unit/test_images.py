@@ -360,6 +360,9 @@ class Keys(Storage):
     def create(self, key: str, data: bytes) -> bool:
         raise NotImplementedError
 
+    def folders(self) -> Iterator[str]:
+        raise NotImplementedError
+
     def stat(self, key: str) -> Entry:
         raise NotImplementedError
 

@@ -1,0 +1,154 @@
+"""What `train` made: how the model learned, how right it is, how sure it should be, where it fails."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fruitray.errors import FruitrayError
+from fruitray.index import read_index
+from fruitray.report import charts
+from fruitray.report.blocks import Block, Chart, Details, Gallery, Matrix, Picture, Section, Table, Text
+from fruitray.report.outputs import SIGNS, Output
+from fruitray.report.thumbnails import data_uri, thumbnails
+
+BINS = 10
+"""Of the reliability diagram."""
+MISTAKES, SHEET_ROWS, SHEET_SIDE = 12, 3, 96
+LARGEST_MATRIX = 25
+"""Classes of a confusion matrix that still can be read."""
+
+
+def model(output: Output, index: Output | None) -> Section:
+    """The section on the final model."""
+    described = output.json(SIGNS["train"])
+    metrics = output.json("metrics.json")
+    if not metrics:
+        return Section("model", "Model", f"{described['model']['backbone']}, without an evaluation.")
+    names = [row["label"] for row in metrics["classes"]]
+    blocks: list[Block] = [*_learning(output, described["best_epoch"])]
+    blocks.append(Table("by class, on the validation photos", metrics["classes"]))
+    if len(names) <= LARGEST_MATRIX:
+        blocks.append(Matrix("confusion: true classes down, predicted across", names, metrics["confusion"]))
+        blocks.append(Matrix("the same as shares of each row", names, metrics["confusion"], normalised=True))
+    else:
+        blocks.append(Table("the commonest confusions", _confused(names, metrics["confusion"])))
+    blocks += _sureness(output, metrics)
+    blocks += _mistakes(metrics["mistakes"], index)
+    if sheet := _augmentation(output, index):
+        blocks.append(sheet)
+    options = {**described["model"], **described["fit"]}
+    blocks.append(Details("options", "\n".join(f"{name:<16}{value}" for name, value in options.items())))
+    with suppress(FruitrayError):
+        blocks.append(Details("layers", output.storage.read("layers.txt").decode()))
+    low, high = metrics["accuracy_interval"]
+    lead = (
+        f"{described['model']['backbone']}: validation accuracy {metrics['accuracy']:.4f} (95% interval {low:.4f}-"
+        f"{high:.4f}) over {metrics['photos']:,} photos, macro F1 {metrics['macro_f1']:.4f}. Trained for "
+        f"{described['epochs']} epochs; the weights are those of number {described['best_epoch']}."
+    )
+    return Section("model", "Model", lead, blocks)
+
+
+def _learning(output: Output, best: int) -> list[Block]:
+    history = pq.read_table(pa.BufferReader(output.storage.read("history.parquet"))).to_pydict()
+    epochs: Sequence[float] = history["epoch"]
+    losses = {"training": (epochs, history["train_loss"]), "validation": (epochs, history["val_loss"])}
+    marks = {"validation": best}
+    said = f"{len(epochs)} epochs; a mark at epoch {best}, whose weights were kept"
+    accuracy = {"validation": (epochs, history["accuracy"])}
+    return [
+        Chart("loss by epoch", charts.lines(losses, x="epoch", y="loss", says=f"Lines: loss over {said}", marks=marks)),
+        Chart(
+            "accuracy by epoch",
+            charts.lines(
+                accuracy, x="epoch", y="validation accuracy", says=f"Line: validation accuracy over {said}", marks=marks
+            ),
+        ),
+    ]
+
+
+def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    pairs = [
+        {"is": names[row], "taken for": names[column], "photos": count, "of": sum(counts[row])}
+        for row in range(len(names))
+        for column, count in enumerate(counts[row])
+        if row != column and count
+    ]
+    return sorted(pairs, key=lambda pair: -int(str(pair["photos"])))[:30]
+
+
+def _sureness(output: Output, metrics: dict[str, Any]) -> list[Block]:
+    """How often the model is right where it is so and so sure."""
+    table = pq.read_table(pa.BufferReader(output.storage.read("predictions.parquet")), columns=["confidence", "right"])
+    confidences, right = table["confidence"].to_numpy(), table["right"].to_numpy()
+    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    filled = [number for number in range(BINS) if (bins == number).any()]
+    sure = [float(confidences[bins == number].mean()) for number in filled]
+    shares = [float(right[bins == number].mean()) for number in filled]
+    groups = {"right": confidences[right].tolist(), "wrong": confidences[~right].tolist()}
+    groups = {name: values for name, values in groups.items() if values}
+    said = (
+        f"Calibration error {metrics['ece']:.4f} with temperature {metrics['temperature']:.3f}, "
+        f"{metrics['ece_uncalibrated']:.4f} without; the temperature was fitted to these same photos. "
+        f"{metrics['coverage']:.1%} of the photos have a confidence of {metrics['threshold']:.4f} or more, the "
+        f"threshold, and {metrics['accuracy_covered']:.2%} of those are right."
+    )
+    pairs = ", ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(sure, shares, strict=True))
+    return [
+        Chart("reliability", charts.reliability(sure, shares, says=f"Share that is right by confidence, {pairs}")),
+        Chart(
+            "confidences",
+            charts.histogram(
+                groups, x="confidence", y="share of the photos", says="Steps: confidences of right and of wrong answers"
+            ),
+        ),
+        Text(said),
+    ]
+
+
+def _mistakes(mistakes: Sequence[dict[str, Any]], index: Output | None) -> list[Block]:
+    if not mistakes:
+        return [Text("Every validation photo was right.")]
+    shown = mistakes[:MISTAKES]
+    images = read_index(index.storage.uri).images if index else shown[0]["uri"].rpartition("/")[0]
+    small = thumbnails(images, [row["uri"] for row in shown])
+    pictures = [
+        Picture(
+            small.get(row["uri"]),
+            "/".join(row["uri"].split("/")[-2:]),
+            [
+                f"filed as {row['label']}",
+                f"taken for {row['predicted']} ({row['confidence']:.1%})",
+                row["uri"].rpartition("/")[2],
+            ],
+        )
+        for row in shown
+    ]
+    return [Gallery("the most confident mistakes", pictures)]
+
+
+def _augmentation(output: Output, index: Output | None) -> Gallery | None:
+    """What the training photos were made into."""
+    policy = (output.options.get("fit") or {}).get("augment")
+    if index is None or not policy or policy == "none":
+        return None
+    import torch  # on use, as what follows: it takes seconds to load
+
+    from fruitray.augment import contact_sheet
+    from fruitray.batches import squares
+    from fruitray.preprocess import Preprocessing
+    from fruitray.storage import open_storage
+
+    with suppress(FruitrayError):
+        found = read_index(index.storage.uri)
+        entries, _ = found.rows("train")
+        chosen = [entries[place * len(entries) // SHEET_ROWS] for place in range(min(SHEET_ROWS, len(entries)))]
+        photos = torch.stack(list(squares(open_storage(found.images), chosen, Preprocessing(size=SHEET_SIDE))))
+        sheet = data_uri(contact_sheet(photos, policy))
+        alt = f"{len(photos)} training photos, a row each: first as it is, then as the augmentation {policy} makes it"
+        return Gallery(f"augmentation: {policy}", [Picture(sheet, alt)], wide=True)
+    return None

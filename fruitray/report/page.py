@@ -1,0 +1,122 @@
+"""Sections -> one HTML file that needs nothing beside it: style, script and photos stand within."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from fruitray import __version__
+from fruitray.errors import FruitrayError, NoInputError
+from fruitray.report.blocks import Section, Text
+from fruitray.report.outputs import Output, find_outputs
+
+FILE = "report.html"
+
+
+def write_report(places: Sequence[str]) -> bytes:
+    """The page of what lies in `places`, and of what that was made from.
+
+    Raises:
+        NoInputError: no job has written there.
+    """
+    outputs = find_outputs(list(places))
+    if not outputs:
+        raise NoInputError(" ".join(places), "holds nothing that a job wrote")
+    return render([_section(job, outputs) for job in outputs], outputs)
+
+
+def _section(job: str, outputs: dict[str, Output]) -> Section:
+    """What `job` wrote; a sentence where it cannot be read."""
+    from fruitray.report.model import model
+    from fruitray.report.photos import photos
+    from fruitray.report.scoring import scoring
+    from fruitray.report.trials import trials
+
+    output, index = outputs[job], outputs.get("prepare")
+    made: dict[str, Callable[[], Section]] = {
+        "prepare": lambda: photos(output),
+        "tune": lambda: trials(output),
+        "train": lambda: model(output, index),
+        "score": lambda: scoring(output, outputs.get("train")),
+    }
+    try:
+        return made[job]()
+    except FruitrayError as error:
+        return Section(job, job, "This part could not be read.", [Text(str(error))])
+
+
+def render(sections: Sequence[Section], outputs: dict[str, Output]) -> bytes:
+    """The page as UTF-8. Whatever stands in a name is shown, never obeyed."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fruitray.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(shown=_shown, sorts=_sorts)
+    environment.tests.update(kind=lambda block, name: type(block).__name__ == name)
+    page = environment.get_template("page.html").render(
+        title=_title(outputs),
+        sections=sections,
+        jobs=[_job(output) for output in outputs.values()],
+        style=_file("page.css"),
+        script=_file("page.js"),
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=__version__,
+    )
+    return page.encode()
+
+
+def _title(outputs: dict[str, Output]) -> str:
+    named = None
+    if "train" in outputs:
+        named = " / ".join((outputs["train"].json("package.json") or {}).get("classes", [])[:6])
+    return named or next(iter(outputs.values())).storage.uri.rpartition("/")[2]
+
+
+def _job(output: Output) -> dict[str, Any]:
+    """A row of the table of jobs."""
+    said = output.status
+    return {
+        "job": output.job,
+        "state": said.get("state"),
+        "started": _time(said.get("started")),
+        "took": _took(said),
+        "where": output.storage.uri,
+        "versions": ", ".join(f"{name} {number}" for name, number in said.get("versions", {}).items()),
+    }
+
+
+def _time(stamp: str | None) -> str:
+    return f"{datetime.fromisoformat(stamp):%Y-%m-%d %H:%M} UTC" if stamp else ""
+
+
+def _took(said: dict[str, Any]) -> str:
+    with suppress(KeyError, ValueError):
+        seconds = (datetime.fromisoformat(said["updated"]) - datetime.fromisoformat(said["started"])).total_seconds()
+        return f"{seconds:,.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min"
+    return ""
+
+
+def _file(name: str) -> str:
+    return resources.files("fruitray.report").joinpath(name).read_text()
+
+
+def _shown(value: Any) -> str:
+    """A cell of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _sorts(value: Any) -> str:
+    """What a cell is sorted by: a number in full, else the text."""
+    return repr(float(value)) if isinstance(value, int | float) else ""

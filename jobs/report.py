@@ -1,0 +1,13 @@
+"""Draw what jobs have written as one page: photos, trials, the model, the scores.
+
+    ray job submit --working-dir . -- python -m jobs.report --runs s3://fruit/scores
+
+Every job does so at its end; this is for what was written before. Takes seconds.
+"""
+
+import sys
+
+from fruitray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("report"))

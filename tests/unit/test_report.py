@@ -1,0 +1,146 @@
+"""The page of a run: found by what lies where, whole where parts are missing; wild names are only ever text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fruitray.commit import commit, finish, read_shards, write_plan
+from fruitray.errors import NoInputError
+from fruitray.inputs import INPUTS, uris
+from fruitray.report.outputs import find_outputs
+from fruitray.report.page import FILE, write_report
+from fruitray.scores import schema
+from fruitray.storage import LocalStorage, open_storage
+from fruitray.trials import SCHEMA as TRIALS
+from fruitray.trials import table as trials_table
+from tests.browser import WIDTHS, opened, require_readable
+from tests.unit.runs import write_photos_and_index
+
+WILD = "<script>alert(1)</script>$x_1$ & \"'"
+SETTINGS = {"model_id": "0" * 64, "classes": ["cherry", WILD], "engine": "eager", "embeddings": False}
+
+
+def write_scores(folder: Path, photos: int, *, labels: tuple[str, ...] = ("cherry", WILD)) -> None:
+    """A finished output with so many rows, each hundredth an error."""
+    out, draws = LocalStorage(str(folder)), np.random.default_rng(0)
+    inputs = pa.Table.from_pylist(
+        [
+            {"root": "s3://b", "key": f"{WILD}/{number}", "label": None, "size": 1, "etag": "v", "kind": "file"}
+            for number in range(photos)
+        ],
+        INPUTS,
+    )
+    plan = write_plan(out, SETTINGS, inputs, 4096)
+    for key, shard in read_shards(out, plan).items():
+        rows = [
+            {"uri": uri, "etag": "v", "model_id": SETTINGS["model_id"]}
+            | (
+                {"status": "error", "error_code": "E_EMPTY", "error": WILD}
+                if number % 100 == 0
+                else {"status": "ok", "label": labels[number % len(labels)], "confidence": draws.random()}
+            )
+            for number, uri in enumerate(uris(shard).to_pylist())
+        ]
+        commit(out, plan, key, shard, pa.Table.from_pylist(rows, schema(embeddings=False)))
+    finish(out, plan)
+
+
+def write_trials(folder: Path, count: int) -> None:
+    draws = np.random.default_rng(0)
+    rows = [
+        dict.fromkeys(TRIALS.names)
+        | {
+            "trial": number,
+            "backbone": ("cnn_bn", "resnet50", WILD)[number % 3],
+            "part": "last layer",
+            "weights": "imagenet",
+            "learning_rate": 1e-3,
+            "batch_size": 32,
+            "accuracy": float(draws.random()),
+            "accuracy_low": 0.1,
+            "accuracy_high": 0.9,
+            "fold_accuracies": [0.5],
+            "recalls": [0.5, 0.6],
+            "right": (draws.random(100) < 0.5).tolist(),
+            "curve": draws.random(20).tolist(),
+            "best_epoch": 7,
+            "epochs": 20,
+            "seconds": float(draws.random() * 600),
+        }
+        for number in range(count)
+    ]
+    rows[-1] |= {"accuracy": None, "error": WILD}
+    LocalStorage(str(folder)).write("trials.parquet", _bytes(trials_table(rows)))
+
+
+def _bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_large_run_has_a_small_page(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores", 100_000)
+    write_trials(tmp_path / "tune", 200)
+    page = write_report([str(tmp_path)])
+    assert len(page) < 5_000_000
+    assert b"100,000 rows" in page
+    assert b"200 trials" in page
+
+
+def test_names_are_shown_and_never_obeyed(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores", 300)
+    write_trials(tmp_path / "tune", 8)
+    page = write_report([str(tmp_path)])
+    (tmp_path / FILE).write_bytes(page)
+    assert b"<script>alert" not in page
+    require_readable(tmp_path / FILE, {"time against accuracy", "rows by label"})
+    with opened(tmp_path / FILE, WIDTHS[0]) as (shown, said):
+        assert WILD in shown.locator("table").first.inner_text()
+        assert WILD in str(shown.locator("svg").first.text_content())
+        assert shown.locator("script").count() == 1
+        assert said == []
+
+
+def test_what_was_made_from_what_is_followed(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    write_trials(tmp_path / "tune", 2)
+    for place, name, options in (
+        ("tune", "tune", {"index": index}),
+        ("model", "train", {"index": f"{index}/index.parquet", "config": f"{tmp_path}/tune/best.json"}),
+        ("scores", "score", {"package": f"{tmp_path}/model"}),
+    ):
+        open_storage(f"{tmp_path}/{place}").write(f"{name}.json", json.dumps(options).encode())
+    open_storage(f"{tmp_path}/model").write("package.json", b"{}")
+    write_scores(tmp_path / "scores", 10)
+    outputs = find_outputs([f"{tmp_path}/scores"])
+    places = {"prepare": index, "tune": f"{tmp_path}/tune", "train": f"{tmp_path}/model", "score": f"{tmp_path}/scores"}
+    assert {job: output.storage.uri for job, output in outputs.items()} == places
+
+
+def test_a_part_that_is_damaged_costs_its_own_section_alone(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores", 10)
+    write_trials(tmp_path / "tune", 3)
+    (tmp_path / "scores" / "manifest.json").write_text("{")
+    page = write_report([str(tmp_path)]).decode()
+    assert "is no manifest of this program" in page
+    assert "3 trials" in page
+
+
+def test_photos_that_are_gone_leave_a_page_without_them(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    assert b"data:image/jpeg" in write_report([index])
+    for photo in (tmp_path / "photos").rglob("*.png"):
+        photo.unlink()
+    page = write_report([index])
+    assert b"data:image/jpeg" not in page
+    assert b"not to be had" in page
+
+
+def test_a_place_that_no_job_has_written_to_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NoInputError, match="holds nothing that a job wrote"):
+        write_report([str(tmp_path)])
