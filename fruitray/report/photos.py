@@ -50,9 +50,9 @@ def photos(output: Output) -> Section:
         )
     lead = (
         f"{found['files']:,} files below {index.images}, {found['photos']:,} of them photos, in {len(index.classes)} "
-        f"classes. {found['exact_duplicate_files']:,} are copies of the same bytes, "
-        f"{found['near_duplicate_photos']:,} nearly so; {found['conflicting_photos']:,} were left out because a copy "
-        "lies in another class."
+        f"classes. Copies of the same bytes: {found['exact_duplicate_files']:,}; photos that are nearly alike: "
+        f"{found['near_duplicate_photos']:,}; left out because a copy lies in another class: "
+        f"{found['conflicting_photos']:,}."
     )
     return Section("photos", "Photos", lead, blocks)
 

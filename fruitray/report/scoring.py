@@ -147,4 +147,4 @@ def _examples(sample: pa.Table) -> list[dict[str, Any]]:
 def _speed(output: Output, settings: Mapping[str, Any], parts: Sequence[Part]) -> list[dict[str, Any]]:
     run: Mapping[str, Any] = output.status.get("run", {})
     said = {"engine": settings.get("engine"), "model": settings["model_id"][:12], "files": len(parts), **run}
-    return [{"": name, "what": value} for name, value in said.items()]
+    return [{"what": name, "value": value} for name, value in said.items()]
