@@ -3,32 +3,52 @@
 Nothing heavy is imported before a job runs, so `--help` answers at once.
 """
 
+import difflib
 import importlib
-import itertools
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import tyro
 
 from fruitray import config as configs
-from fruitray import status
+from fruitray import console, status
 from fruitray.console import say
+from fruitray.defaults import default_of, from_file
 from fruitray.errors import UsageError, find_ours
 from fruitray.storage import Storage
 
-JOBS: dict[str, type[Any]] = {
-    "prepare": configs.PrepareConfig,
-    "tune": configs.TuneConfig,
-    "train": configs.TrainConfig,
-    "score": configs.ScoreConfig,
-    "verify": configs.VerifyConfig,
-    "export": configs.ExportConfig,
-    "report": configs.ReportConfig,
-    "demo": configs.DemoConfig,
+GROUPS: dict[str, dict[str, type[Any]]] = {
+    "from photos to a model": {
+        "prepare": configs.PrepareConfig,
+        "tune": configs.TuneConfig,
+        "train": configs.TrainConfig,
+    },
+    "from a model to a table": {
+        "score": configs.ScoreConfig,
+        "verify": configs.VerifyConfig,
+        "export": configs.ExportConfig,
+    },
+    "to see": {
+        "report": configs.ReportConfig,
+        "demo": configs.DemoConfig,
+        "doctor": configs.DoctorConfig,
+    },
 }
+JOBS = {name: kind for jobs in GROUPS.values() for name, kind in jobs.items()}
 """Each job's config; `fruitray.cluster.NAME.run(config)` does the work and answers the line to end with."""
+EXAMPLES = """examples:
+  fruitray demo
+  fruitray prepare --images raw --out runs/index
+  fruitray train --index runs/index --out runs/model --backbone mobilenet_v2
+  fruitray score --package runs/model --images s3://bucket/new --out s3://bucket/scores
+
+fruitray JOB --help lists a job's options; --json beside them ends any job with one line of JSON, and moves all else to
+the standard error. `fruitray completion bash` (zsh, tcsh) prints what completes all this in a shell."""
+JSON = "--json"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,19 +56,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in JOBS:
         sys.exit(run_job(arguments[0], arguments[1:]))
-    asked = arguments in ([], ["-h"], ["--help"])
-    lines = [f"  {name:<9}{_first_line(config)}" for name, config in JOBS.items()]
-    print("\n".join(["usage: fruitray JOB [options]; fruitray JOB --help lists them", "", *lines]))
-    if not asked:
-        print(f"\nfruitray: there is no job {arguments[0]!r}", file=sys.stderr)
-    sys.exit(0 if asked else UsageError.exit_code)
+    if arguments[:1] == ["completion"]:
+        sys.exit(_complete(arguments[1:]))
+    print("\n".join(["usage: fruitray JOB [options]", *_listed(), "", EXAMPLES]))
+    if arguments in ([], ["-h"], ["--help"]):
+        sys.exit(0)
+    near = difflib.get_close_matches(arguments[0], JOBS, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    print(f"\nfruitray: there is no job {arguments[0]!r}{meant}", file=sys.stderr)
+    sys.exit(UsageError.exit_code)
+
+
+def _listed() -> list[str]:
+    lines = []
+    for title, jobs in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<9}{_first_line(kind)}" for name, kind in jobs.items())]
+    return lines
+
+
+def _complete(shell: Sequence[str]) -> int:
+    """Print the script that completes jobs and options in a shell."""
+    if list(shell) not in [[name] for name in SHELLS]:
+        print(f"usage: fruitray completion {{{','.join(SHELLS)}}}", file=sys.stderr)
+        return UsageError.exit_code
+    options = ["--tyro-print-completion", shell[0]]
+    with suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            {**JOBS}, prog="fruitray", args=options, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    return 0
 
 
 def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one job with command-line arguments; answers its exit code (see `errors.py`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = JSON in arguments
+    if as_json:
+        arguments.remove(JSON)
+        console.to_standard_error()
     with status.of(name) as told:
         try:
-            config = configs.resolved(parse(name, list(sys.argv[1:] if argv is None else argv)))
+            config = configs.resolved(parse(name, arguments))
             job = importlib.import_module(f"fruitray.cluster.{name}")
             said, code = job.run(config), 0
             told.end(code, said)
@@ -61,8 +109,12 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
             if ours is None:
                 raise
             said, code = str(ours), ours.exit_code
-        print(f"fruitray {name}: {said}" if code else said, file=sys.stderr if code else sys.stdout, flush=True)
         told.end(code, said)
+        if as_json:
+            out = told.out.uri if told.out else None
+            print(json.dumps({**told.facts, "out": out, "exit_code": code, "said": said}), flush=True)
+        else:
+            print(f"fruitray {name}: {said}" if code else said, file=sys.stderr if code else sys.stdout, flush=True)
         return code
 
 
@@ -80,55 +132,15 @@ def _write_report(out: Storage) -> None:
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
     kind = JOBS[name]
-    default = {"train": _of_best_or_recipe, "tune": _of_preset}.get(name, lambda _: None)(argv)
+    arguments = [*from_file(kind, argv), *argv]
     return tyro.cli(
         kind,
-        args=argv,
+        args=arguments,
         prog=f"fruitray {name}",
         description=_first_line(kind),
-        default=default,
+        default=default_of(name, arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-
-
-def _of_preset(argv: Sequence[str]) -> Any:
-    """What `tune --preset NAME` starts from, None where it is not to be had."""
-    from fruitray.search import PRESETS
-
-    name = _given(argv, "--preset")
-    if name not in PRESETS:
-        return None
-    options: dict[str, Any] = {"preset": name, **PRESETS[name]}
-    return configs.TuneConfig(index=tyro.MISSING, out=tyro.MISSING, **options)
-
-
-def _given(argv: Sequence[str], option: str) -> str | None:
-    """The value of `option` among the arguments."""
-    value = next((b for a, b in itertools.pairwise(argv) if a == option), None)
-    return next((a.partition("=")[2] for a in argv if a.startswith(f"{option}=")), value)
-
-
-def _of_best_or_recipe(argv: Sequence[str]) -> Any:
-    """What `train` starts from: with `--config URI` that, else a recipe."""
-    path = _given(argv, "--config")
-    if path is not None:
-        return _of_best(path)
-    asked = next((name for name in configs.RECIPES if name == _given(argv, "--recipe")), None)
-    fit = configs.RECIPES[asked or ("head" if "--frozen" in argv else "whole")]
-    return configs.TrainConfig(index=tyro.MISSING, out=tyro.MISSING, recipe=asked or "suited", fit=fit)
-
-
-def _of_best(path: str) -> Any:
-    """What the best.json at `path` says."""
-    from fruitray.storage import open_file
-
-    storage, key = open_file(path)
-    try:
-        given = json.loads(storage.read(key))
-        model, fit = configs.ModelConfig(**given["model"]), configs.FitConfig(**given["fit"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"--config {path}: not a best.json that tune wrote ({error})") from error
-    return configs.TrainConfig(index=tyro.MISSING, out=tyro.MISSING, config=path, model=model, fit=fit)
 
 
 def _first_line(kind: type[Any]) -> str:

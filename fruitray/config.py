@@ -88,6 +88,8 @@ class PrepareConfig:
     """Draw so many training photos, and what --augment makes of each, into `augment.png`."""
     augment: str = "eightfold"
     """The augmentation to draw, as for `train`."""
+    config: str | None = None
+    """A file with options to start from, JSON or YAML, such as the NAME.json that a job keeps; those given win."""
     report: bool = True
     """Draw what was found, and what it was made from, as a page: `report.html`."""
     dry_run: bool = False
@@ -330,6 +332,8 @@ class TuneConfig:
     """CPUs reserved for each trial."""
     gpus_per_trial: float = 0
     """GPUs reserved for each trial; a fraction lets several share one."""
+    config: str | None = None
+    """As for `prepare`."""
     report: bool = True
     """As for `prepare`."""
     dry_run: bool = False
@@ -355,7 +359,7 @@ class TrainConfig:
     out: str
     """Folder or s3:// prefix for the package. The same command again resumes a broken run."""
     config: str | None = None
-    """The best.json of `tune`: what model and training start from; options given beside it win."""
+    """The best.json of `tune`, or any other file as for `prepare`: what the options start from; those given win."""
     recipe: Recipe = "suited"
     """What the training options start from without --config; those given win.
     - head: for a frozen backbone
@@ -431,6 +435,8 @@ class ScoreConfig:
     folder that has grown."""
     retry_errors: bool = False
     """With --previous: score again what was an error there."""
+    config: str | None = None
+    """As for `prepare`."""
     report: bool = True
     """As for `prepare`."""
     dry_run: bool = False
@@ -488,6 +494,14 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """Say what this machine has for the jobs, and whether they reach what they need."""
+
+    places: tuple[str, ...] = ()
+    """Folders or s3:// prefixes to look at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """All of it on this machine, nothing needed: drawn photos, a local S3 server, a local Ray."""
 
@@ -506,7 +520,7 @@ class DemoConfig:
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
 
 
-PLACES = ("config", "images", "index", "out", "package", "previous", "runs", "weights")
+PLACES = ("config", "images", "index", "out", "package", "places", "previous", "runs", "weights")
 """The options that name a place in storage."""
 
 

@@ -18,6 +18,12 @@ _OUT = Console(highlight=False, soft_wrap=True)
 _shown: dict[str, Any] = {}
 
 
+def to_standard_error() -> None:
+    """From now on show all there, where a script reads the standard output."""
+    global _OUT
+    _OUT = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
 def say(text: str) -> None:
     """One line, as it is."""
     _OUT.print(text, markup=False, emoji=False)
@@ -32,7 +38,7 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | Non
         table.add_column(Text(name), justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
     for row in rows[:at_most]:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    Console(highlight=False, width=None if _OUT.is_terminal else 220).print(table)
+    Console(highlight=False, stderr=_OUT.stderr, width=None if _OUT.is_terminal else 220).print(table)
     if at_most is not None and len(rows) > at_most:
         say(f"... and {len(rows) - at_most:,} more")
 

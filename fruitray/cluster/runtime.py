@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray import ObjectRef
+from ray._private.services import find_bootstrap_address
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -49,7 +50,10 @@ def connect() -> None:
         require_answer(address)
         if not address:
             keep_token_private()
-        ray.init(log_to_driver=False, logging_level="warning")
+        if not address and (left := left_behind()):
+            say(f"the Ray that was started here, at {left}, does not answer any more: this job starts one for itself")
+            address = "local"
+        ray.init(address or None, log_to_driver=False, logging_level="warning")
         nodes = sum(node["Alive"] for node in ray.nodes())
         require_token(nodes, asks=asks_for_token(ray.get_runtime_context().gcs_address))
     settings = ray.data.DataContext.get_current()
@@ -66,11 +70,26 @@ def require_answer(address: str) -> None:
             f"RAY_ADDRESS={address}: a job is led from a node of its cluster; hand it over by `ray job submit "
             "--address http://HEAD:8265 --working-dir . -- python -m jobs.NAME ...`"
         )
-    if there := re.fullmatch(r"([\w.-]+):(\d+)", address):
-        try:
+    if error := _silent(address):
+        raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({error})") from error
+
+
+def left_behind() -> str:
+    """The address that the last `ray start` on this machine has left in a file, if nothing answers there: Ray itself
+    would try for many minutes."""
+    address = find_bootstrap_address(None) or ""
+    return address if _silent(address) else ""
+
+
+def _silent(address: str) -> OSError | None:
+    """Why nothing can be said to `address`, if that is HOST:PORT."""
+    there = re.fullmatch(r"([\w.-]+):(\d+)", address)
+    try:
+        if there:
             socket.create_connection((there[1], int(there[2])), timeout=5).close()
-        except OSError as error:
-            raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({error})") from error
+    except OSError as error:
+        return error
+    return None
 
 
 def keep_token_private() -> None:

@@ -1,13 +1,15 @@
 """What jobs ask of a cluster before they give it work."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
+from fruitray.cluster import runtime
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import OPEN, claim, keep_token_private, require_answer, require_token
+from fruitray.cluster.runtime import OPEN, claim, keep_token_private, left_behind, require_answer, require_token
 from fruitray.config import TrainConfig
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError
 from fruitray.storage import LocalStorage
@@ -25,6 +27,16 @@ def test_several_nodes_without_a_token_are_refused(monkeypatch: pytest.MonkeyPat
         require_token(1, asks=False)
     monkeypatch.setenv(OPEN, "1")
     require_token(2, asks=False)
+
+
+def test_a_cluster_that_ended_without_a_word_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(runtime, "find_bootstrap_address", lambda _: address)
+        assert left_behind() == ""
+    assert left_behind() == address
+    monkeypatch.setattr(runtime, "find_bootstrap_address", lambda _: None)
+    assert left_behind() == ""
 
 
 def test_a_token_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
