@@ -46,9 +46,9 @@ EXAMPLES = """examples:
   fruitray score --package runs/model --images s3://bucket/new --out s3://bucket/scores
 
 fruitray JOB --help lists a job's options; --json beside them ends any job with one line of JSON, and moves all else to
-the standard error. `fruitray completion bash` (zsh, tcsh) prints what completes all this in a shell."""
+the standard error. `fruitray completion bash` (or zsh) prints what completes all this in a shell."""
 JSON = "--json"
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -361,7 +361,7 @@ class TrainConfig:
     config: str | None = None
     """The best.json of `tune`, or any other file as for `prepare`: what the options start from; those given win."""
     recipe: Recipe = "suited"
-    """What the training options start from without --config; those given win.
+    """What the training options start from; those of --config win, and those given.
     - head: for a frozen backbone
     - whole: for a whole network: its head first, then all of it at lower rates, random crops, an average of the weights
     - report: as the report trained

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.errors import LeakError, NoInputError, OutputConflictError
+from fruitray.errors import LeakError, NoInputError, NotFoundError, OutputConflictError
 from fruitray.facts import THUMBNAIL, VERSION
 from fruitray.images import PASSING
 from fruitray.storage import Entry, Storage, open_file, open_storage
@@ -162,7 +162,10 @@ def read_index(uri: str) -> Index:
         OutputConflictError: it is no index, or of another version of fruitray.
     """
     storage, key = index_place(uri)
-    data = storage.read(key)
+    try:
+        data = storage.read(key)
+    except NotFoundError as error:
+        raise NotFoundError(storage.uri_of(key), "there is no index: `prepare` writes one") from error
     try:
         table = pq.read_table(pa.BufferReader(data))
         made: Mapping[str, Any] = json.loads(table.schema.metadata[b"fruitray"])

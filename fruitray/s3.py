@@ -186,7 +186,7 @@ def _errors(uri: str) -> Iterator[None]:
     except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
         raise CredentialsError(uri, _one_line(error)) from error
     except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
-        reason = f"no answer from {_endpoint()} ({type(error).__name__})"
+        reason = f"no answer from {_endpoint()} ({type(error).__name__}); does it run, is AWS_ENDPOINT_URL right?"
         raise (EndpointError if isinstance(error, SSLError) else TryAgainError)(uri, reason) from error
     except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
         raise StorageError(uri, _one_line(error)) from error
@@ -218,7 +218,7 @@ def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     code = error.response["Error"]["Code"]
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     if code == "NoSuchBucket":
-        return NotFoundError(uri, "there is no such bucket")
+        return NotFoundError(uri, "there is no such bucket; make it first, or see its name")
     if code == "NoSuchKey":
         return NotFoundError(uri, "there is no such object")
     if status == 404:

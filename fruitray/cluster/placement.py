@@ -22,10 +22,11 @@ def require_room(workers: int, *, cpus: float, gpus: float) -> None:
     """Raise `UsageError` if the cluster could never hold them: they would wait without a word."""
     there = room(cpus, gpus)
     if there < workers and not os.environ.get(GROWS):
-        each = f"{cpus:g} CPUs and {gpus:g} GPUs" if gpus else f"{cpus:g} CPUs"
+        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount)
         raise UsageError(
-            f"{workers} workers with {each} each are wanted, and the nodes of this cluster have room for {there}; "
-            f"{GROWS}=1 says that more nodes come when they are needed"
+            f"{workers} workers are wanted, with {wanted} each, and the nodes of this cluster have room for {there}; "
+            + ("without --gpu they take CPUs alone; " if gpus else "")
+            + f"{GROWS}=1 says that more nodes come when they are needed"
         )
 
 

@@ -17,6 +17,11 @@ for program in python ray weed; do
     echo "start.sh: there is no \`$program\`; first run: make install; . .venv/bin/activate" >&2
     exit 2
 done
+for port in "$gcs" "$dashboard" "$s3"; do
+    (exec 3<> "/dev/tcp/$host/$port") 2> /dev/null || continue
+    echo "start.sh: port $port is taken; choose others by GCS_PORT, DASHBOARD_PORT and S3_PORT" >&2
+    exit 1
+done
 mkdir -p "${1:-local-cluster}/s3"
 cd "${1:-local-cluster}"
 

@@ -101,6 +101,17 @@ def _lead_to(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as server:
+        port = str(server.getsockname()[1])
+        there = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        script = [ROOT / "infra/local/start.sh", tmp_path / "cluster"]
+        tried = subprocess.run(script, env=there | {"S3_PORT": port}, capture_output=True, text=True)
+    assert tried.returncode == 1
+    assert f"port {port} is taken" in tried.stderr or "is taken; choose others" in tried.stderr
+    assert not (tmp_path / "cluster").exists()
+
+
 def test_what_was_stored_is_there_after_a_restart(
     started: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

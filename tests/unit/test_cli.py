@@ -4,14 +4,15 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from fruitray import config
-from fruitray.cli import JOBS, main, parse, run_job
-from fruitray.config import FitConfig, ModelConfig
+from fruitray.cli import JOBS, SHELLS, main, parse, run_job
+from fruitray.config import RECIPES, ModelConfig, to_json
 
 HEAVY = {"boto3", "pyarrow", "ray", "torch", "torchvision", "torchvision.models"}
 
@@ -59,6 +60,70 @@ def test_the_command_lists_the_jobs_and_refuses_others(capsys: pytest.CaptureFix
         main(["predict"])
     assert ended.value.code == 2
     assert "no job 'predict'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["scor"])
+    assert ended.value.code == 2
+    assert "did you mean score?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_can_complete_jobs_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["completion", shell])
+    assert not ended.value.code
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*JOBS, "--retry-errors", "--near-duplicates"))
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["completion", "nosh"])
+    assert ended.value.code == 2
+    assert "bash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "options.yaml",
+            "top_k: 5\nembeddings: true\nimages: [a, b]\nout: there\nmax_error_rate: 0.5\nprevious: null\n",
+        ),
+        ("score.json", '{"top_k": 5, "embeddings": true, "images": ["a", "b"], "out": "there", "max_error_rate": 0.5}'),
+    ],
+)
+def test_options_come_from_a_file_and_those_given_win(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    parsed = parse("score", ["--config", str(tmp_path / name), "--package", "p", "--out", "here", "--no-embeddings"])
+    assert (parsed.top_k, parsed.images, parsed.max_error_rate, parsed.previous) == (5, ("a", "b"), 0.5, None)
+    assert (parsed.out, parsed.embeddings, parsed.package) == ("here", False, "p")
+
+
+@pytest.mark.parametrize("job", ["prepare", "tune", "train", "score"])
+def test_what_a_job_keeps_of_its_options_starts_another_alike(job: str, tmp_path: Path) -> None:
+    required = {"prepare": ("images",), "tune": ("index",), "train": ("index",), "score": ("package", "images")}[job]
+    first = parse(job, [*(word for name in (*required, "out") for word in (f"--{name}", "x")), "--no-report"])
+    kept = json.loads(to_json(first)) | {"index_sha256": "0"}
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    again = parse(job, ["--config", str(tmp_path / "kept.json")])
+    assert replace(again, config=None) == first
+
+
+@pytest.mark.parametrize("text", ["- a\n- list", "[", "\0"])
+def test_a_file_that_holds_no_options_is_said(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "options.yaml").write_text(text)
+    assert run_job("prepare", ["--config", str(tmp_path / "options.yaml")]) == 2
+    assert "options.yaml: holds no options" in capsys.readouterr().err
+
+
+def test_a_script_reads_one_line_of_json_and_nothing_else(tmp_path: Path) -> None:
+    for options, code in ((("--places", str(tmp_path)), 0), (("--places", str(tmp_path / "absent")), 6)):
+        command = [sys.executable, "-m", "jobs.doctor", "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        said = json.loads(done.stdout)
+        assert (done.returncode, said["exit_code"], said["job"]) == (code, code, "doctor")
+        assert "computes in" in done.stderr
+        assert ("no such file or folder" in said["said"]) == bool(code)
 
 
 def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
@@ -68,7 +133,10 @@ def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
     )
     parsed = parse("train", ["--index", "i", "--out", "o", "--config", str(best), "--epochs", "7"])
     assert parsed.model == ModelConfig(backbone="cnn", weights="none")
-    assert parsed.fit == FitConfig(batch_size=8, epochs=7, learning_rate=1e-4, trunk_rate=1.0), "what suits cnn"
+    suits_cnn = {"learning_rate": 1e-4, "trunk_rate": 1.0, "head_epochs": 0}
+    assert parsed.fit == replace(RECIPES["whole"], batch_size=8, epochs=7, **suits_cnn), (
+        "what is not said, the recipe says"
+    )
 
 
 @pytest.mark.parametrize(

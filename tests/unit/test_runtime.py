@@ -75,7 +75,7 @@ def test_workers_that_never_had_room_are_refused_unless_nodes_come(
     cpus: float, gpus: float, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_room(room, cpus=cpus, gpus=gpus)
-    with pytest.raises(UsageError, match=f"{room + 1} workers .* have room for {room};"):
+    with pytest.raises(UsageError, match=f"{room + 1} workers are wanted.* have room for {room};"):
         require_room(room + 1, cpus=cpus, gpus=gpus)
     monkeypatch.setenv(GROWS, "1")
     require_room(room + 1, cpus=cpus, gpus=gpus)
