@@ -42,6 +42,7 @@ bench: install
 	$(RUN) tests.benchmarks.fetch
 	$(RUN) tests.benchmarks.score
 	$(RUN) tests.benchmarks.scale
+	$(RUN) tests.benchmarks.report
 
 # What goes into the image, with hashes; whether any of it is known to be vulnerable; a bill of it.
 LOCK := infra/image/requirements.txt

@@ -20,7 +20,7 @@ import pytest
 
 from fruitray.package import load_package
 from fruitray.s3server import S3Server
-from fruitray.storage import LocalStorage, open_storage
+from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
 from tests.canaries import leaks
 from tests.cluster import Cluster, ray_head
@@ -195,17 +195,3 @@ def test_a_failing_job_is_reported_with_its_exit_code(run: Run) -> None:
     code, log = run.cluster.submit("prepare", "--images", f"{run.root}/nothing", "--out", f"{run.root}/runs/none")
     assert code == 1, "`ray job submit` knows only success and failure"
     assert re.search(r"exit code 3\b", log), log
-
-
-def test_local_folders_named_by_relative_paths_will_do(run: Run, tmp_path: Path) -> None:
-    for key, data in PHOTOS.items():
-        LocalStorage(str(tmp_path / "raw")).write(key, data)
-    for job, arguments in {
-        "prepare": ("--images", "raw", "--out", "runs/index"),
-        "train": ("--index", "runs/index", "--out", "runs/model", "--backbone", "cnn", "--weights", "none", *SMALL),
-        "score": ("--package", "runs/model", "--images", "raw", "--out", "runs/scores"),
-        "verify": ("--out", "runs/scores"),
-    }.items():
-        code, printed = run.cluster.run(job, *arguments, folder=tmp_path)
-        assert code == 0, printed
-    assert pq.read_table(tmp_path / "runs" / "scores" / "data").num_rows == len(PHOTOS)
