@@ -18,7 +18,6 @@ from fruitray import console, status
 from fruitray.console import say
 from fruitray.defaults import default_of, from_file
 from fruitray.errors import UsageError, find_ours
-from fruitray.storage import Storage
 
 GROUPS: dict[str, dict[str, type[Any]]] = {
     "from photos to a model": {
@@ -101,7 +100,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
             said, code = job.run(config), 0
             told.end(code, said)
             if told.out is not None and config.report:
-                _write_report(told.out)
+                _draw_report(told.out.uri)
         except KeyboardInterrupt:
             said, code = "interrupted", status.INTERRUPTED
         except Exception as error:
@@ -118,13 +117,12 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _write_report(out: Storage) -> None:
+def _draw_report(out: str) -> None:
     """A page of what the job has found; without it the job has done its work all the same."""
     try:
-        from fruitray.report.page import FILE, write_report
+        from fruitray.cluster.report import draw
 
-        out.write(FILE, write_report([out.uri]))
-        say(f"see {out.uri_of(FILE)}")
+        say(f"see {draw(out)}")
     except Exception as error:
         say(f"no report could be drawn: {type(error).__name__}: {error}")
 

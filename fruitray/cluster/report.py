@@ -1,8 +1,11 @@
-"""report: the page of what jobs have written. Needs no cluster; it stands here so that every job is in one place."""
+"""report: the page of what jobs have written. Needs no cluster, but where there is one, lets a worker draw."""
 
-from fruitray.cluster.runtime import open_input, open_output
+import ray
+
+from fruitray.cluster.runtime import beside_driver, open_input, open_output
 from fruitray.config import ReportConfig
 from fruitray.report.page import FILE, write_report
+from fruitray.storage import open_storage
 
 
 def run(config: ReportConfig) -> str:
@@ -10,6 +13,23 @@ def run(config: ReportConfig) -> str:
     for place in config.runs:
         open_input(place)
     out = open_output(config.out or config.runs[0])
-    page = write_report(config.runs)
-    out.write(FILE, page)
-    return f"report: {len(page) / 1e6:.1f} MB in {out.uri_of(FILE)}"
+    size = _draw(config.runs, out.uri)
+    return f"report: {size / 1e6:.1f} MB in {out.uri_of(FILE)}"
+
+
+def draw(out: str) -> str:
+    """Draw the page of what a job has written to `out`, beside it; answers its URI.
+
+    The rows of an index or of scores are held by a process of its own, where a cluster lends one: not by the driver.
+    """
+    if ray.is_initialized():
+        ray.get(beside_driver(_draw).remote((out,), out))
+    else:
+        _draw((out,), out)
+    return open_storage(out).uri_of(FILE)
+
+
+def _draw(places: tuple[str, ...], out: str) -> int:
+    page = write_report(places)
+    open_storage(out).write(FILE, page)
+    return len(page)

@@ -44,8 +44,9 @@ def _section(job: str, outputs: dict[str, Output]) -> Section:
     }
     try:
         return made[job]()
-    except FruitrayError as error:
-        return Section(job, job, "This part could not be read.", [Text(str(error))])
+    except Exception as error:  # of many types: what lies there may be anybody's, or half of it gone
+        said = str(error) if isinstance(error, FruitrayError) else f"{type(error).__name__}: {error}"
+        return Section(job, job, "This part could not be read.", [Text(said)])
 
 
 def render(sections: Sequence[Section], outputs: dict[str, Output]) -> bytes:

@@ -131,6 +131,15 @@ def test_a_part_that_is_damaged_costs_its_own_section_alone(tmp_path: Path) -> N
     assert "3 trials" in page
 
 
+def test_a_package_of_anybody_costs_its_own_section_alone(tmp_path: Path) -> None:
+    write_trials(tmp_path / "tune", 3)
+    for package in ("{}", "[]", "no JSON", '{"model": 3}'):
+        open_storage(f"{tmp_path}/model").write("package.json", package.encode())
+        page = write_report([str(tmp_path)]).decode()
+        assert "This part could not be read" in page
+        assert "3 trials" in page
+
+
 def test_photos_that_are_gone_leave_a_page_without_them(tmp_path: Path) -> None:
     index = write_photos_and_index(tmp_path)
     assert b"data:image/jpeg" in write_report([index])
