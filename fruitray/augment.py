@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -239,8 +240,5 @@ def contact_sheet(photos: torch.Tensor, policy: str, seed: int = 0, columns: int
         if mixes(policy):
             shown, _ = mix(shown, shown.roll(-1, 0), policy, seed, epoch, examples)
         rows.append(shown)
-    from torchvision.transforms.v2 import functional as tv  # on use: it takes a second to load
-
-    sheet = tv.pad(torch.stack(rows, 1), [0, 0, 2, 2], fill=255)  # (N, columns + 1, 3, H + 2, W + 2)
-    picture: Image.Image = tv.to_pil_image(sheet.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2).cpu())
-    return picture
+    sheet = F.pad(torch.stack(rows, 1), (0, 2, 0, 2), value=255)  # (N, columns + 1, 3, H + 2, W + 2)
+    return Image.fromarray(sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy())
