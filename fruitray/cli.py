@@ -17,7 +17,7 @@ from fruitray import config as configs
 from fruitray import console, status
 from fruitray.console import say
 from fruitray.defaults import default_of, from_file
-from fruitray.errors import UsageError, find_ours
+from fruitray.errors import TooManyBadImagesError, TrialsFailedError, UsageError, find_ours
 
 GROUPS: dict[str, dict[str, type[Any]]] = {
     "from photos to a model": {
@@ -44,9 +44,12 @@ EXAMPLES = """examples:
   fruitray train --index runs/index --out runs/model --backbone mobilenet_v2
   fruitray score --package runs/model --images s3://bucket/new --out s3://bucket/scores
 
-fruitray JOB --help lists a job's options; --json beside them ends any job with one line of JSON, and moves all else to
-the standard error. `fruitray completion bash` (or zsh) prints what completes all this in a shell."""
+fruitray JOB --help lists a job's options; --json beside them ends a job with one line of JSON, and moves all else, and
+what is wrong with the options, to the standard error. `fruitray completion bash` (or zsh) prints what completes all
+this in a shell."""
 JSON = "--json"
+WRITTEN = (TooManyBadImagesError, TrialsFailedError)
+"""Errors that come when all is written."""
 SHELLS = ("bash", "zsh")
 
 
@@ -97,23 +100,24 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         try:
             config = configs.resolved(parse(name, arguments))
             job = importlib.import_module(f"fruitray.cluster.{name}")
-            said, code = job.run(config), 0
-            told.end(code, said)
-            if told.out is not None and config.report:
-                _draw_report(told.out.uri)
+            said, code, worth_a_look = job.run(config), 0, True
         except KeyboardInterrupt:
-            said, code = "interrupted", status.INTERRUPTED
+            said, code, worth_a_look = "interrupted", status.INTERRUPTED, False
         except Exception as error:
             ours = find_ours(error)
             if ours is None:
                 raise
-            said, code = str(ours), ours.exit_code
+            said, code, worth_a_look = str(ours), ours.exit_code, isinstance(ours, WRITTEN)
         told.end(code, said)
+        if told.out is not None and worth_a_look and config.report:
+            _draw_report(told.out.uri)
         if as_json:
             out = told.out.uri if told.out else None
             print(json.dumps({**told.facts, "out": out, "exit_code": code, "said": said}), flush=True)
+        elif code:
+            print(f"fruitray {name}: {said}", file=sys.stderr, flush=True)
         else:
-            print(f"fruitray {name}: {said}" if code else said, file=sys.stderr if code else sys.stdout, flush=True)
+            say(said)
         return code
 
 
@@ -124,7 +128,8 @@ def _draw_report(out: str) -> None:
 
         say(f"see {draw(out)}")
     except Exception as error:
-        say(f"no report could be drawn: {type(error).__name__}: {error}")
+        last = (str(error).strip().splitlines() or [""])[-1]
+        say(f"no report could be drawn: {find_ours(error) or f'{type(error).__name__}: {last}'}")
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:

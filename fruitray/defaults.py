@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,12 @@ def from_file(kind: type[Any], argv: Sequence[str]) -> list[str]:
     from fruitray.storage import open_file
 
     storage, key = open_file(path)
+    data = storage.read(key)
     try:
-        said = yaml.safe_load(storage.read(key))
+        try:
+            said = json.loads(data)  # not each JSON is YAML: tabs, letters beyond 16 bits
+        except ValueError:
+            said = yaml.safe_load(data)
         return list(itertools.chain.from_iterable(_arguments(said)))
     except (yaml.YAMLError, UnicodeError, AttributeError) as error:
         raise UsageError(f"--config {path}: holds no options ({type(error).__name__})") from error
@@ -45,8 +50,8 @@ def _arguments(options: Mapping[str, Any]) -> Iterator[list[str]]:
             yield [f"--{option}" if value else f"--no-{option}"]
         elif isinstance(value, list):
             yield [f"--{option}", *map(str, value)] if value else []
-        elif name not in KEPT:
-            yield [f"--{option}", str(value)]
+        elif name not in KEPT and value is not None:
+            yield [f"--{option}={value}"]
 
 
 def default_of(job: str, argv: Sequence[str]) -> Any:
@@ -75,6 +80,10 @@ def _of_recipe(argv: Sequence[str]) -> Any:
 
 def given(argv: Sequence[str], option: str) -> str | None:
     """The value of `option` among the arguments, the last one's where there are several."""
-    pairs = [b for a, b in itertools.pairwise(argv) if a == option]
-    pairs += [a.partition("=")[2] for a in argv if a.startswith(f"{option}=")]
-    return pairs[-1] if pairs else None
+    value = None
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value

@@ -186,7 +186,7 @@ def _errors(uri: str) -> Iterator[None]:
     except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
         raise CredentialsError(uri, _one_line(error)) from error
     except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
-        reason = f"no answer from {_endpoint()} ({type(error).__name__}); does it run, is AWS_ENDPOINT_URL right?"
+        reason = f"no answer from {endpoint()} ({type(error).__name__}); does it run, is AWS_ENDPOINT_URL right?"
         raise (EndpointError if isinstance(error, SSLError) else TryAgainError)(uri, reason) from error
     except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
         raise StorageError(uri, _one_line(error)) from error
@@ -206,7 +206,8 @@ def _only_objects_are_missing() -> Iterator[None]:
         raise
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Where requests go, as far as the environment says."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
 
 
@@ -222,7 +223,7 @@ def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     if code == "NoSuchKey":
         return NotFoundError(uri, "there is no such object")
     if status == 404:
-        return NotFoundError(uri, f"{_endpoint()} answers {code}")
+        return NotFoundError(uri, f"{endpoint()} answers {code}")
     if code in ("PreconditionFailed", "412"):
         return ChangedError(uri, "changed since it was listed")
     if code == "InvalidObjectState":
@@ -230,9 +231,9 @@ def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     if code in _BAD_KEYS:
         return CredentialsError(uri, _BAD_KEYS[code])
     if status == 401:
-        return CredentialsError(uri, f"{_endpoint()} does not know who asks")
+        return CredentialsError(uri, f"{endpoint()} does not know who asks")
     if status == 403:
         return AccessDeniedError(uri, "access denied")
     if (status >= 500 and status != 501) or status in _PASSING or code in ("SlowDown", "RequestTimeout", "Throttling"):
-        return TryAgainError(uri, f"{_endpoint()} answers {code}")
-    return StorageError(uri, f"{_endpoint()} answers {code}")
+        return TryAgainError(uri, f"{endpoint()} answers {code}")
+    return StorageError(uri, f"{endpoint()} answers {code}")

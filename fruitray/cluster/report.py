@@ -7,6 +7,9 @@ from fruitray.config import ReportConfig
 from fruitray.report.page import FILE, write_report
 from fruitray.storage import open_storage
 
+DRAW_S = 300
+"""For drawing; a job that is done does not wait longer."""
+
 
 def run(config: ReportConfig) -> str:
     """Read, draw, write; an error says which place holds nothing."""
@@ -23,7 +26,7 @@ def draw(out: str) -> str:
     The rows of an index or of scores are held by a process of its own, where a cluster lends one: not by the driver.
     """
     if ray.is_initialized():
-        ray.get(beside_driver(_draw).remote((out,), out))
+        ray.get(beside_driver(_draw).options(max_retries=0).remote((out,), out), timeout=DRAW_S)
     else:
         _draw((out,), out)
     return open_storage(out).uri_of(FILE)

@@ -129,8 +129,10 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
 def _standing_plan(config: ScoreConfig, settings: Mapping[str, Any], out: Storage) -> Plan | None:
     if not out.exists(PLAN):
         return None
-    standing = read_plan(out).settings.get("engine")
-    return adopt_plan(out, {**settings, "engine": standing if config.engine == "auto" else config.engine})
+    standing = read_plan(out).settings
+    engine = standing.get("engine") if config.engine == "auto" else config.engine
+    shard_rows = config.shard_rows or standing.get("shard_rows")
+    return adopt_plan(out, {**settings, "engine": engine, "shard_rows": shard_rows})
 
 
 def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
@@ -234,7 +236,8 @@ def _cost(config: ScoreConfig, seconds: float, photos: int) -> str:
 def _speed(config: ScoreConfig, work: Work, seconds: float) -> str:
     rate = work.scored / max(seconds, 1e-9)
     per_thousand = None if config.cost_per_hour is None else config.cost_per_hour * seconds / 3.6 / max(work.scored, 1)
-    status.note(scored=work.scored, seconds=seconds, images_per_s=rate, cost_per_1000=per_thousand)
+    if work.scored:
+        status.note(scored=work.scored, seconds=seconds, images_per_s=rate, cost_per_1000=per_thousand)
     stages = ", ".join(f"{stage} {work.seconds[stage]:.1f} s" for stage in STAGES)
     cost = _cost(config, seconds, work.scored)
     known = f", {work.rows - work.scored:,} rows taken over" if work.rows > work.scored else ""

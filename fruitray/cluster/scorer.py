@@ -167,7 +167,8 @@ class Scorer:
 
     def _score(self, task: pa.Table) -> dict[str, Any]:
         if self._config.dry_run:
-            self._predictor.predict_squares(self._squares(self._contents(task.slice(0, WARM_UP))))
+            with self._turn:
+                self._predictor.predict_squares(self._squares(self._contents(task.slice(0, WARM_UP))))
         inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
         contents = self._contents(fresh)

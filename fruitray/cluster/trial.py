@@ -88,7 +88,7 @@ def train(
                 "fold": fold,
                 "fit": epoch.state,
                 "predictions": [*done, epoch.best_predictions],
-                "curve": [*state["curve"], epoch.accuracy],
+                "curve": [*state.get("curve", []), epoch.accuracy],
                 "epochs": before + epoch.number,
                 "seconds": spent + time.perf_counter() - start,
             }

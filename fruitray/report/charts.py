@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 
+LONGEST = 28
+"""Letters of a name in a chart."""
+
 Points = tuple[Sequence[float], Sequence[float]]
 """x and y of each point."""
 
@@ -63,10 +67,10 @@ def curves(groups: Mapping[str, Sequence[tuple[Sequence[float], int]]], *, x: st
     figure, axes = _axes(x, y)
     for number, (name, members) in enumerate(groups.items()):
         for place, (ys, best) in enumerate(members):
-            style = {"color": _colour(number), "linewidth": 1.0, "alpha": 0.8}
-            axes.plot(range(1, len(ys) + 1), ys, label=None if place else name, **style)  # type: ignore[arg-type]
+            colour, label = _colour(number), None if place else _short(name)
+            axes.plot(range(1, len(ys) + 1), ys, _dashes(number), label=label, color=colour, linewidth=1.0, alpha=0.8)
             if 0 < best <= len(ys):
-                axes.plot(best, ys[best - 1], _MARKERS[number % len(_MARKERS)], color=_colour(number), markersize=4)
+                axes.plot(best, ys[best - 1], _marker(number), color=colour, markersize=4)
     _legend(axes, list(groups))
     return _svg(figure, says)
 
@@ -76,8 +80,8 @@ def scatter(groups: Mapping[str, Points], *, x: str, y: str, says: str) -> Marku
     """A point per pair, its colour and form by group; x on a logarithmic scale where it spans more than tenfold."""
     figure, axes = _axes(x, y)
     for number, (name, (xs, ys)) in enumerate(groups.items()):
-        form = _MARKERS[number % len(_MARKERS)]
-        axes.scatter(xs, ys, color=_colour(number), label=name, s=28, marker=form, alpha=0.85, linewidths=0)
+        form, colour = _marker(number), _colour(number)
+        axes.scatter(xs, ys, color=colour, label=_short(name), s=28, marker=form, alpha=0.85, linewidths=0)
     every = [value for xs, _ in groups.values() for value in xs if value > 0]
     if max(every) > 10 * min(every):
         axes.set_xscale("log")
@@ -92,11 +96,12 @@ def stacked(rows: Mapping[str, Mapping[str, int]], *, x: str, says: str) -> Mark
     height = 1.2 + 0.28 * len(rows)
     figure, axes = _axes(x, "", height=height)
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    left = dict.fromkeys(rows, 0)
+    places, left = range(len(rows)), [0] * len(rows)
     for number, part in enumerate(parts):
         counts = [row.get(part, 0) for row in rows.values()]
-        axes.barh(list(rows), counts, left=list(left.values()), color=_colour(number), label=part, height=0.7)
-        left = {name: left[name] + count for name, count in zip(rows, counts, strict=True)}
+        axes.barh(places, counts, left=left, color=_colour(number), label=part, height=0.7)
+        left = [start + count for start, count in zip(left, counts, strict=True)]
+    axes.set_yticks(places, [_short(name) for name in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     if len(parts) > 1:
@@ -147,6 +152,20 @@ def _colour(number: int) -> str:
     return SERIES[number % len(SERIES)]
 
 
+def _marker(number: int) -> str:
+    """Another one where colours begin anew."""
+    return _MARKERS[(number + number // len(SERIES)) % len(_MARKERS)]
+
+
+def _dashes(number: int) -> str:
+    return ("-", "--", ":", "-.")[number // len(SERIES) % 4]
+
+
+def _short(name: str) -> str:
+    """What there is room for; tables have the whole name."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
 def _legend(axes: Axes, names: Sequence[str]) -> None:
     if len(names) > 1:
         axes.legend(loc="best", fontsize=8)
@@ -155,7 +174,8 @@ def _legend(axes: Axes, names: Sequence[str]) -> None:
 def _svg(figure: Figure, says: str) -> Markup:
     """The figure as an element of the page, as wide as there is room for."""
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings(action="ignore"):  # of letters that its own fonts lack: the reader's have them
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style).*?</\1>|<g id=\"[^\"]*\"/>", "", svg, flags=re.DOTALL)

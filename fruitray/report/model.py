@@ -24,8 +24,7 @@ LARGEST_MATRIX = 25
 
 def model(output: Output, index: Output | None) -> Section:
     """The section on the final model."""
-    described = output.json(SIGNS["train"])
-    metrics = output.json("metrics.json")
+    described, metrics = output.json(SIGNS["train"]), output.json("metrics.json")
     if not metrics:
         return Section("model", "Model", f"{described['model']['backbone']}, without an evaluation.")
     names = [row["label"] for row in metrics["classes"]]
@@ -93,7 +92,7 @@ def _sureness(output: Output, metrics: dict[str, Any]) -> list[Block]:
     groups = {name: values for name, values in groups.items() if values}
     said = (
         f"Calibration error {metrics['ece']:.4f} with temperature {metrics['temperature']:.3f}, "
-        f"{metrics['ece_uncalibrated']:.4f} without; the temperature was fitted to these same photos. "
+        f"{metrics['ece_uncalibrated']:.4f} without, on the same photos that the temperature comes from. "
         f"{metrics['coverage']:.1%} of the photos have a confidence of {metrics['threshold']:.4f} or more, the "
         f"threshold, and {metrics['accuracy_covered']:.2%} of those are right."
     )
@@ -114,8 +113,14 @@ def _mistakes(mistakes: Sequence[dict[str, Any]], index: Output | None) -> list[
     if not mistakes:
         return [Text("Every validation photo was right.")]
     shown = mistakes[:MISTAKES]
-    images = read_index(index.storage.uri).images if index else shown[0]["uri"].rpartition("/")[0]
-    small = thumbnails(images, [row["uri"] for row in shown])
+    uris = [row["uri"] for row in shown]
+    roots = {uri.rpartition("/")[0] for uri in uris}
+    if index:
+        with suppress(FruitrayError):
+            roots = {read_index(index.storage.uri).images}
+    small: dict[str, str] = {}
+    for root in roots:
+        small |= thumbnails(root, uris)
     pictures = [
         Picture(
             small.get(row["uri"]),

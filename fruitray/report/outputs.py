@@ -1,6 +1,7 @@
 """What a run has written, and where: what lies in the places that are given, and what those say they were made from."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,23 +29,20 @@ class Output:
     """As the job keeps them in JOB.json; in groups, as `model` and `fit`."""
     status: dict[str, Any] = field(default_factory=dict)
 
-    def json(self, key: str) -> Any:
-        """What the file `key` says; None where there is none, or none that can be read."""
+    def json(self, key: str) -> dict[str, Any]:
+        """What the file `key` says; empty where there is none, or none that says anything."""
         return _json(self.storage, key)
 
 
-def find_outputs(places: list[str]) -> dict[str, Output]:
-    """By job, the first output of each that lies in `places`, in folders directly below them, or that one of those was
-    made from."""
+def find_outputs(places: Sequence[str]) -> dict[str, Output]:
+    """By job, one output of each: what those of later jobs were made from, else the first that lies in `places` or in a
+    folder directly below one."""
+    around = [storage for place in places for storage in _with_folders(open_storage(place))]
     found: dict[str, Output] = {}
-    waiting = [storage for place in places for storage in _with_folders(open_storage(place))]
-    while waiting:
-        storage = waiting.pop(0)
-        for job in SIGNS.keys() - found.keys():
-            if _holds(storage, SIGNS[job]):
-                options = _json(storage, f"{job}.json") or {}
-                found[job] = Output(job, storage, options, _json(storage, status.KEY) or {})
-                waiting += _made_from(options)
+    for job in reversed(SIGNS):
+        named = [place for output in found.values() for place in _made_from(output.options)]
+        if storage := next((storage for storage in [*named, *around] if _is_output(job, storage)), None):
+            found[job] = Output(job, storage, _json(storage, f"{job}.json"), _json(storage, status.KEY))
     return {job: found[job] for job in SIGNS if job in found}
 
 
@@ -59,13 +57,15 @@ def _made_from(options: dict[str, Any]) -> list[Storage]:
     return [open_file(place)[0] if place.endswith((".parquet", ".json")) else open_storage(place) for place in places]
 
 
-def _holds(storage: Storage, key: str) -> bool:
+def _is_output(job: str, storage: Storage) -> bool:
     with suppress(FruitrayError):
-        return storage.exists(key)
+        strangers = job == "train" and "classes" not in _json(storage, SIGNS[job])  # others have a package.json, too
+        return storage.exists(SIGNS[job]) and not strangers
     return False
 
 
-def _json(storage: Storage, key: str) -> Any:
+def _json(storage: Storage, key: str) -> dict[str, Any]:
     with suppress(FruitrayError, ValueError):
-        return json.loads(storage.read(key))
-    return None
+        said = json.loads(storage.read(key))
+        return said if isinstance(said, dict) else {}
+    return {}

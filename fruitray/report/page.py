@@ -22,7 +22,7 @@ def write_report(places: Sequence[str]) -> bytes:
     Raises:
         NoInputError: no job has written there.
     """
-    outputs = find_outputs(list(places))
+    outputs = find_outputs(places)
     if not outputs:
         raise NoInputError(" ".join(places), "holds nothing that a job wrote")
     return render([_section(job, outputs) for job in outputs], outputs)
@@ -73,9 +73,8 @@ def render(sections: Sequence[Section], outputs: dict[str, Output]) -> bytes:
 
 
 def _title(outputs: dict[str, Output]) -> str:
-    named = None
-    if "train" in outputs:
-        named = " / ".join((outputs["train"].json("package.json") or {}).get("classes", [])[:6])
+    classes = outputs["train"].json("package.json")["classes"] if "train" in outputs else None
+    named = " / ".join(map(str, classes[:6])) if isinstance(classes, list) else ""
     return named or next(iter(outputs.values())).storage.uri.rpartition("/")[2]
 
 
@@ -88,16 +87,18 @@ def _job(output: Output) -> dict[str, Any]:
         "started": _time(said.get("started")),
         "took": _took(said),
         "where": output.storage.uri,
-        "versions": ", ".join(f"{name} {number}" for name, number in said.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in dict(said.get("versions") or {}).items()),
     }
 
 
 def _time(stamp: str | None) -> str:
-    return f"{datetime.fromisoformat(stamp):%Y-%m-%d %H:%M} UTC" if stamp else ""
+    with suppress(TypeError, ValueError):
+        return f"{datetime.fromisoformat(stamp or ''):%Y-%m-%d %H:%M} UTC"
+    return ""
 
 
 def _took(said: dict[str, Any]) -> str:
-    with suppress(KeyError, ValueError):
+    with suppress(KeyError, TypeError, ValueError):
         seconds = (datetime.fromisoformat(said["updated"]) - datetime.fromisoformat(said["started"])).total_seconds()
         return f"{seconds:,.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min"
     return ""
@@ -116,7 +117,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+        return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
     return str(value)
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.audit import summary
+from fruitray.audit import sizes, summary
 from fruitray.index import Index, read_index
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Gallery, Picture, Section, Table, Text
@@ -26,6 +26,7 @@ def photos(output: Output) -> Section:
     """The section on the photos."""
     index = read_index(output.storage.uri)
     found, suspects = summary(index.table), _suspects(output)
+    by_size = sizes(index.table)
     samples, odd, groups = _samples(index), _odd(index.table), _groups(found["duplicate_groups"])
     shown = [*samples, *odd, *(file["uri"] for group in groups for file in group["files"])]
     shown += [row["uri"] for row in suspects[:SHOWN]]
@@ -35,7 +36,7 @@ def photos(output: Output) -> Section:
         Chart("photos by class and split", _by_class(found["classes"])),
         Table("photos by class and split", found["classes"][:ROWS], len(found["classes"])),
         Gallery("some of the photos", [_picture(uri, small, [labels[uri] or ""]) for uri in samples]),
-        Table("photos by size", _narrow(found["sizes"][:SHOWN]), len(found["sizes"])),
+        Table("photos by size", _narrow(by_size[:SHOWN]), len(by_size)),
         *(_small_table(title, found[name]) for title, name in _TABLES.items() if found[name]),
         Table("left out, by rule", [_excluded(row) for row in _narrow(found["excluded"])]),
     ]

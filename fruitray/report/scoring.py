@@ -1,10 +1,10 @@
 """What `score` wrote: how many rows of which kind, how sure, how fast, what failed, and how unlike the training."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +18,8 @@ from fruitray.report.outputs import SIGNS, Output
 
 PARTS = 64
 """Parts that confidences are taken from, where there are more: spread evenly over all."""
+PART_ROWS = 4096
+"""Rows of each, from its start."""
 EXAMPLES = 3
 """Rows shown of each error code."""
 ROWS = 30
@@ -33,9 +35,11 @@ def scoring(output: Output, model: Output | None) -> Section:
     labels, errors = _counts(part.labels for part in parts), _counts(part.errors for part in parts)
     rows = sum(part.rows for part in parts)
     sample = _sample(output, parts)
+    by_status = _by_status(labels, errors, rows)
+    commonest = f", the {ROWS} commonest" if len(labels) > ROWS else ""
     blocks: list[Block] = [
-        Chart("rows by label", _by_label(labels)),
-        Table("rows by status", _by_status(labels, errors, rows)),
+        Chart(f"rows by label{commonest}", _by_label(labels)),
+        Table("rows by status", by_status[: 2 * ROWS], len(by_status)),
     ]
     confidences = sample["confidence"].drop_null().to_pylist()
     if confidences:
@@ -43,10 +47,10 @@ def scoring(output: Output, model: Output | None) -> Section:
         drawn = charts.histogram({"rows": confidences}, x="confidence", y="share of the rows", says=said)
         blocks.append(Chart("confidences", drawn))
     blocks += _right(output.json("metrics.json"))
-    blocks += _drift(labels, sample, model)
+    blocks += _drift(labels, sample, model, plan.settings["model_id"])
     if errors:
         blocks.append(Table("examples of errors", _examples(sample)))
-    blocks.append(Table("how it went", _speed(output, plan.settings, parts)))
+    blocks.append(Table("how the last command went", _speed(output, plan.settings, parts)))
     if sample.num_rows < rows:
         of = f"{min(PARTS, len(parts))} of {len(parts):,} parts"
         blocks.append(Text(f"Confidences and examples are those of {sample.num_rows:,} rows, {of}."))
@@ -64,24 +68,23 @@ def _counts(parts: Any) -> Counter[str]:
 def _sample(output: Output, parts: Sequence[Part]) -> pa.Table:
     count = min(PARTS, len(parts))
     chosen = [parts[place * len(parts) // count] for place in range(count)]
-    return pa.concat_tables(
-        pq.read_table(pa.BufferReader(output.storage.read(part.key)), columns=_READ) for part in chosen
-    )
+    tables = (pq.read_table(pa.BufferReader(output.storage.read(part.key)), columns=_READ) for part in chosen)
+    return pa.concat_tables(table.slice(0, PART_ROWS) for table in tables)
 
 
-def _by_label(labels: Mapping[str, int]) -> Any:
-    shown = {name: {"rows": count} for name, count in sorted(labels.items(), key=lambda item: -item[1])[:ROWS]}
+def _by_label(labels: Counter[str]) -> Any:
+    shown = {name: {"rows": count} for name, count in labels.most_common(ROWS)}
     said = ", ".join(f"{name} {row['rows']:,}" for name, row in shown.items())
     return charts.stacked(shown or {"none": {"rows": 0}}, x="rows", says=f"Bars of rows by label: {said}")
 
 
-def _by_status(labels: Mapping[str, int], errors: Mapping[str, int], rows: int) -> list[dict[str, Any]]:
-    counts = [("ok", name, count) for name, count in sorted(labels.items())]
-    counts += [("error", code, count) for code, count in sorted(errors.items())]
+def _by_status(labels: Counter[str], errors: Counter[str], rows: int) -> list[dict[str, Any]]:
+    counts = [("error", code, count) for code, count in errors.most_common()]
+    counts += [("ok", name, count) for name, count in labels.most_common()]
     return [
         {"status": status, "label or code": name, "rows": count, "share": count / max(1, rows)}
         for status, name, count in counts
-    ][: 2 * ROWS]
+    ]
 
 
 def _right(metrics: Any) -> list[Block]:
@@ -97,11 +100,13 @@ def _right(metrics: Any) -> list[Block]:
     return [Text(said), Matrix("folders down, predictions across", metrics["classes"], metrics["confusion"])]
 
 
-def _drift(labels: Mapping[str, int], sample: pa.Table, model: Output | None) -> list[Block]:
+def _drift(labels: Counter[str], sample: pa.Table, model: Output | None, model_id: str) -> list[Block]:
     """Shares of the classes, and confidences, beside those of training and validation."""
-    described = model.json(SIGNS["train"]) if model else None
-    if model is None or not described or "index" not in described:
+    described = model.json(SIGNS["train"]) if model else {}
+    if model is None or "index" not in described or not sample["confidence"].drop_null():
         return []
+    if hashlib.sha256(model.storage.read(SIGNS["train"])).hexdigest() != model_id:
+        return []  # it was trained anew since
     trained = described["index"]["train"]
     try:
         validated = pq.read_table(pa.BufferReader(model.storage.read("predictions.parquet")))
@@ -118,9 +123,7 @@ def _drift(labels: Mapping[str, int], sample: pa.Table, model: Output | None) ->
         for name, count in trained.items()
     ]
     apart = sum(abs(row["share of the training photos"] - row["share of the rows"]) for row in rows) / 2
-    before, now = (
-        (float(np.mean(table["confidence"].drop_null())) for table in (validated, sample)) if labels else (0.0, 0.0)
-    )
+    before, now = (pc.mean(table["confidence"]).as_py() for table in (validated, sample))
     said = (
         f"Against the training: {apart:.1%} of the rows would have to change their label for the classes to be as "
         f"common as there. The mean confidence is {now:.4f}; on the validation photos it was {before:.4f}."

@@ -26,20 +26,17 @@ def trials(output: Output) -> Section:
         blocks.append(
             Chart("time against accuracy", charts.scatter(time, x="seconds", y="validation accuracy", says=says))
         )
-    if any(row["curve"] for row in trained):
+    if any(row.get("curve") for row in trained):
         learned = {name: [(row["curve"] or [], _best(row)) for row in its] for name, its in groups.items()}
-        says = f"Lines: validation accuracy by epoch of {len(trained)} trials; a mark at each one's best epoch"
-        blocks.append(
-            Chart(
-                "learning curves, a mark at the best epoch",
-                charts.curves(learned, x="epoch", y="validation accuracy", says=says),
-            )
-        )
+        how = "a mark at the best epoch" if any(best for its in learned.values() for _, best in its) else "fold by fold"
+        says = f"Lines: validation accuracy by epoch of {len(trained)} trials, {how}"
+        drawn = charts.curves(learned, x="epoch", y="validation accuracy", says=says)
+        blocks.append(Chart(f"learning curves, {how}", drawn))
     blocks.append(Table("trials, best first", [_shown(row) for row in rows]))
     failed = [{"trial": row["trial"], "network": _group(row), "why": row["error"]} for row in rows if row["error"]]
     if failed:
         blocks.append(Table("trials that failed", failed))
-    lead = verdict(rows) if trained and not rows[0]["error"] else "No trial has ended well."
+    lead = verdict(rows) if trained and not rows[0]["error"] else "No trial has ended well"
     return Section("trials", "Trials", f"{len(rows):,} trials. {lead[0].upper()}{lead[1:]}.", blocks)
 
 

@@ -20,7 +20,7 @@ from fruitray.trials import table as trials_table
 from tests.browser import WIDTHS, opened, require_readable
 from tests.unit.runs import write_photos_and_index
 
-WILD = "<script>alert(1)</script>$x_1$ & \"'"
+WILD = "<img src=x>$x_1$ & \"'"
 SETTINGS = {"model_id": "0" * 64, "classes": ["cherry", WILD], "engine": "eager", "embeddings": False}
 
 
@@ -97,7 +97,7 @@ def test_names_are_shown_and_never_obeyed(tmp_path: Path) -> None:
     write_trials(tmp_path / "tune", 8)
     page = write_report([str(tmp_path)])
     (tmp_path / FILE).write_bytes(page)
-    assert b"<script>alert" not in page
+    assert b"<img src=x" not in page
     require_readable(tmp_path / FILE, {"time against accuracy", "rows by label"})
     with opened(tmp_path / FILE, WIDTHS[0]) as (shown, said):
         assert WILD in shown.locator("table").first.inner_text()
@@ -115,11 +115,36 @@ def test_what_was_made_from_what_is_followed(tmp_path: Path) -> None:
         ("scores", "score", {"package": f"{tmp_path}/model"}),
     ):
         open_storage(f"{tmp_path}/{place}").write(f"{name}.json", json.dumps(options).encode())
-    open_storage(f"{tmp_path}/model").write("package.json", b"{}")
+    open_storage(f"{tmp_path}/model").write("package.json", b'{"classes": []}')
     write_scores(tmp_path / "scores", 10)
     outputs = find_outputs([f"{tmp_path}/scores"])
     places = {"prepare": index, "tune": f"{tmp_path}/tune", "train": f"{tmp_path}/model", "score": f"{tmp_path}/scores"}
     assert {job: output.storage.uri for job, output in outputs.items()} == places
+
+
+def test_provenance_wins_over_what_lies_beside(tmp_path: Path) -> None:
+    for name in ("a-package", "b-model"):
+        open_storage(f"{tmp_path}/{name}").write("package.json", json.dumps({"classes": [name]}).encode())
+    open_storage(f"{tmp_path}/0-web").write("package.json", b'{"name": "another\'s"}')
+    assert find_outputs([str(tmp_path)])["train"].storage.uri == f"{tmp_path}/a-package", "the first that is one"
+    write_scores(tmp_path / "scores", 10)
+    open_storage(f"{tmp_path}/scores").write("score.json", json.dumps({"package": f"{tmp_path}/b-model"}).encode())
+    assert find_outputs([str(tmp_path)])["train"].storage.uri == f"{tmp_path}/b-model"
+
+
+def test_of_many_labels_the_errors_are_still_shown(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores", 2000, labels=tuple(f"label {number}" for number in range(500)))
+    page = write_report([str(tmp_path)]).decode()
+    assert "E_EMPTY" in page
+    assert "60 of 496 are shown" in page
+    assert "the 30 commonest" in page
+
+
+def test_rows_that_are_all_errors_are_no_drift(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores", 1)
+    page = write_report([str(tmp_path)]).decode()
+    assert "1 of them are errors" in page
+    assert "would have to change" not in page
 
 
 def test_a_part_that_is_damaged_costs_its_own_section_alone(tmp_path: Path) -> None:
@@ -133,10 +158,11 @@ def test_a_part_that_is_damaged_costs_its_own_section_alone(tmp_path: Path) -> N
 
 def test_a_package_of_anybody_costs_its_own_section_alone(tmp_path: Path) -> None:
     write_trials(tmp_path / "tune", 3)
-    for package in ("{}", "[]", "no JSON", '{"model": 3}'):
-        open_storage(f"{tmp_path}/model").write("package.json", package.encode())
+    for package, options in ((b"[1]", b"{}"), (b"no JSON", b"[1]"), (b'{"classes": null, "model": 3}', b"[1]")):
+        open_storage(f"{tmp_path}/model").write("package.json", package)
+        open_storage(f"{tmp_path}/model").write("train.json", options)
         page = write_report([str(tmp_path)]).decode()
-        assert "This part could not be read" in page
+        assert ("This part could not be read" in page) == (b"model" in package)
         assert "3 trials" in page
 
 
