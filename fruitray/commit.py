@@ -15,7 +15,6 @@ like, but two *different* jobs that race for one output could then mix their fil
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -266,31 +265,23 @@ def _check_parts(out: Storage, plan: Plan, shards: Mapping[str, pa.Table]) -> li
         data = out.read(key)
         table = _open(out.uri_of(key), data)
         _require_shard(out.uri_of(key), table, plan, key, shards[key])
-        predicted, codes = table["label"].to_pylist(), table["error_code"].to_pylist()
-        return Part(
-            key,
-            table.num_rows,
-            hashlib.sha256(data).hexdigest(),
-            _counts(predicted),
-            _counts(codes),
-            _confusion(plan, shards[key]["label"].to_pylist(), predicted),
-        )
+        labels, codes = _counts(table["label"]), _counts(table["error_code"])
+        confusion = _confusion(plan, shards[key]["label"], table["label"])
+        return Part(key, table.num_rows, hashlib.sha256(data).hexdigest(), labels, codes, confusion)
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(check, shards))
 
 
-def _counts(names: Sequence[str | None]) -> dict[str, int]:
-    counts = Counter(name for name in names if name is not None)
-    return dict(sorted(counts.items()))
+def _counts(names: pa.ChunkedArray) -> dict[str, int]:
+    found = pc.value_counts(names.drop_null())
+    return dict(sorted(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)))
 
 
-def _confusion(plan: Plan, known: Sequence[str | None], predicted: Sequence[str | None]) -> dict[str, dict[str, int]]:
-    found: dict[str, list[str | None]] = {}
-    for before, label in zip(known, predicted, strict=True):
-        if before is not None and before in plan.settings.get("classes", ()):
-            found.setdefault(before, []).append(label)
-    return {before: _counts(labels) for before, labels in sorted(found.items())}
+def _confusion(plan: Plan, known: pa.ChunkedArray, predicted: pa.ChunkedArray) -> dict[str, dict[str, int]]:
+    classes = sorted(plan.settings.get("classes", ()))
+    found = {before: predicted.filter(pc.equal(known, before)) for before in classes}
+    return {before: _counts(labels) for before, labels in found.items() if len(labels)}
 
 
 def _open(uri: str, data: bytes) -> pa.Table:
@@ -309,11 +300,11 @@ def _require_shard(uri: str, table: pa.Table, plan: Plan, key: str, inputs: pa.T
     if metadata.get(b"fruitray.shard") != key.encode():
         raise OutputConflictError(uri, "holds another shard")
     names = schema(embeddings=bool(plan.settings.get("embeddings"))).names
-    if table.schema.names != names or table["uri"].to_pylist() != uris(inputs).to_pylist():
+    if table.schema.names != names or not table["uri"].equals(pa.chunked_array([uris(inputs)])):
         raise OutputConflictError(uri, "does not hold exactly the planned inputs")
-    if table["etag"].to_pylist() != inputs["etag"].to_pylist():
+    if not table["etag"].equals(inputs["etag"]):
         raise OutputConflictError(uri, "holds other versions of its inputs than were planned")
-    if set(table["model_id"].to_pylist()) != {plan.settings["model_id"]}:
+    if table["model_id"].unique().to_pylist() != [plan.settings["model_id"]]:
         raise OutputConflictError(uri, "holds rows of another model")
 
 
