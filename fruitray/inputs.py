@@ -50,11 +50,14 @@ def list_inputs(places: Sequence[str]) -> tuple[pa.Table, int]:
         tables.append(table)
         skipped += hidden
     table = pa.concat_tables(tables).combine_chunks()
-    table = table.take(pc.sort_indices(uris(table)))
-    if table.num_rows > 1:
+    tables.clear()  # and no copy below that need not be: this is the driver's peak of memory
+    names = uris(table)
+    if not pc.all(pc.less_equal(names[:-1], names[1:]), min_count=0).as_py():
+        table = table.take(pc.sort_indices(names))
         names = uris(table)
-        fresh = pc.not_equal(names[1:], names[:-1])
-        table = table.filter(pa.chunked_array([pa.array([True]), *pa.chunked_array(fresh).chunks]))
+    fresh = pc.not_equal(names[1:], names[:-1])
+    if not pc.all(fresh, min_count=0).as_py():
+        table = table.filter(pa.concat_arrays([pa.array([True]), fresh]))
     return table, skipped
 
 
