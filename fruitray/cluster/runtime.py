@@ -177,9 +177,9 @@ def lines_from_workers() -> Iterator[Queue]:
         queue.shutdown()
 
 
-def beside_driver(function: Callable[..., Any]) -> Any:
+def beside_driver(function: Callable[..., Any], **options: Any) -> Any:
     """`function` as a Ray task in a process of its own on the driver's node: what it holds, the driver need not."""
-    return ray.remote(function).options(**_here())
+    return ray.remote(function).options(**_here(), **options)
 
 
 def _here() -> dict[str, Any]:
