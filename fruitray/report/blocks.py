@@ -22,6 +22,12 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
     total: int | None = None
 
+    @property
+    def note(self) -> str:
+        """What stands below it."""
+        cut = self.total is not None and self.total > len(self.rows)
+        return f"{len(self.rows)} of {self.total:,} are shown." if cut else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:

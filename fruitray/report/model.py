@@ -5,8 +5,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fruitray.errors import FruitrayError
 from fruitray.index import read_index
@@ -53,7 +51,7 @@ def model(output: Output, index: Output | None) -> Section:
 
 
 def _learning(output: Output, best: int) -> list[Block]:
-    history = pq.read_table(pa.BufferReader(output.storage.read("history.parquet"))).to_pydict()
+    history = output.table("history.parquet").to_pydict()
     epochs: Sequence[float] = history["epoch"]
     losses = {"training": (epochs, history["train_loss"]), "validation": (epochs, history["val_loss"])}
     marks = {"validation": best}
@@ -71,18 +69,18 @@ def _learning(output: Output, best: int) -> list[Block]:
 
 
 def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"is": names[row], "taken for": names[column], "photos": count, "of": sum(counts[row])}
         for row in range(len(names))
         for column, count in enumerate(counts[row])
         if row != column and count
     ]
-    return sorted(pairs, key=lambda pair: -int(str(pair["photos"])))[:30]
+    return sorted(pairs, key=lambda pair: -pair["photos"])[:30]
 
 
 def _sureness(output: Output, metrics: dict[str, Any]) -> list[Block]:
     """How often the model is right where it is so and so sure."""
-    table = pq.read_table(pa.BufferReader(output.storage.read("predictions.parquet")), columns=["confidence", "right"])
+    table = output.table("predictions.parquet", ["confidence", "right"])
     confidences, right = table["confidence"].to_numpy(), table["right"].to_numpy()
     bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
     filled = [number for number in range(BINS) if (bins == number).any()]

@@ -6,6 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fruitray import status
 from fruitray.errors import FruitrayError
 from fruitray.storage import Storage, open_file, open_storage
@@ -32,6 +35,10 @@ class Output:
     def json(self, key: str) -> dict[str, Any]:
         """What the file `key` says; empty where there is none, or none that says anything."""
         return _json(self.storage, key)
+
+    def table(self, key: str, columns: list[str] | None = None) -> pa.Table:
+        """The Parquet file `key`, all of it or these columns."""
+        return pq.read_table(pa.BufferReader(self.storage.read(key)), columns=columns)
 
 
 def find_outputs(places: Sequence[str]) -> dict[str, Output]:

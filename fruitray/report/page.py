@@ -10,7 +10,7 @@ import jinja2
 
 from fruitray import __version__
 from fruitray.errors import FruitrayError, NoInputError
-from fruitray.report.blocks import Section, Text
+from fruitray.report.blocks import Section, Table, Text
 from fruitray.report.outputs import Output, find_outputs
 
 FILE = "report.html"
@@ -25,7 +25,9 @@ def write_report(places: Sequence[str]) -> bytes:
     outputs = find_outputs(places)
     if not outputs:
         raise NoInputError(" ".join(places), "holds nothing that a job wrote")
-    return render([_section(job, outputs) for job in outputs], outputs)
+    jobs = Table("what ran", [_job(output) for output in outputs.values()])
+    sections = [*(_section(job, outputs) for job in outputs), Section("jobs", "Jobs", "", [jobs])]
+    return render(_title(outputs), sections)
 
 
 def _section(job: str, outputs: dict[str, Output]) -> Section:
@@ -49,7 +51,7 @@ def _section(job: str, outputs: dict[str, Output]) -> Section:
         return Section(job, job, "This part could not be read.", [Text(said)])
 
 
-def render(sections: Sequence[Section], outputs: dict[str, Output]) -> bytes:
+def render(title: str, sections: Sequence[Section]) -> bytes:
     """The page as UTF-8. Whatever stands in a name is shown, never obeyed."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fruitray.report", "."),
@@ -61,9 +63,8 @@ def render(sections: Sequence[Section], outputs: dict[str, Output]) -> bytes:
     environment.filters.update(shown=_shown, sorts=_sorts)
     environment.tests.update(kind=lambda block, name: type(block).__name__ == name)
     page = environment.get_template("page.html").render(
-        title=_title(outputs),
+        title=title,
         sections=sections,
-        jobs=[_job(output) for output in outputs.values()],
         style=_file("page.css"),
         script=_file("page.js"),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

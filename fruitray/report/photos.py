@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fruitray.audit import sizes, summary
 from fruitray.index import Index, read_index
@@ -132,7 +131,7 @@ def _standing(what: str | None) -> str:
 def _suspects(output: Output) -> list[dict[str, Any]]:
     if not output.storage.exists(SUSPECTS):
         return []
-    table = pq.read_table(pa.BufferReader(output.storage.read(SUSPECTS)))
+    table = output.table(SUSPECTS)
     rows: list[dict[str, Any]] = table.filter(table["likely_wrong"]).sort_by("rank").to_pylist()
     return rows
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fruitray.commit import Part, is_finished, read_manifest, read_plan
 from fruitray.errors import FruitrayError
@@ -68,8 +67,7 @@ def _counts(parts: Any) -> Counter[str]:
 def _sample(output: Output, parts: Sequence[Part]) -> pa.Table:
     count = min(PARTS, len(parts))
     chosen = [parts[place * len(parts) // count] for place in range(count)]
-    tables = (pq.read_table(pa.BufferReader(output.storage.read(part.key)), columns=_READ) for part in chosen)
-    return pa.concat_tables(table.slice(0, PART_ROWS) for table in tables)
+    return pa.concat_tables(output.table(part.key, _READ).slice(0, PART_ROWS) for part in chosen)
 
 
 def _by_label(labels: Counter[str]) -> Any:
@@ -109,7 +107,7 @@ def _drift(labels: Counter[str], sample: pa.Table, model: Output | None, model_i
         return []  # it was trained anew since
     trained = described["index"]["train"]
     try:
-        validated = pq.read_table(pa.BufferReader(model.storage.read("predictions.parquet")))
+        validated = model.table("predictions.parquet")
     except FruitrayError:
         return []
     rows = [

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Section, Table
 from fruitray.report.outputs import SIGNS, Output
@@ -15,8 +12,7 @@ def trials(output: Output) -> Section:
     """The section on the trials."""
     from fruitray.trials import rank, verdict  # on use: it needs torch
 
-    data = output.storage.read(SIGNS["tune"])
-    rows = sorted(pq.read_table(pa.BufferReader(data)).to_pylist(), key=rank)
+    rows = sorted(output.table(SIGNS["tune"]).to_pylist(), key=rank)
     trained = [row for row in rows if row["accuracy"] is not None]
     groups = {name: [row for row in trained if _group(row) == name] for name in dict.fromkeys(map(_group, trained))}
     blocks: list[Block] = []
