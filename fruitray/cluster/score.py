@@ -229,14 +229,19 @@ def _duration(seconds: float) -> str:
 def _cost(config: ScoreConfig, seconds: float, photos: int) -> str:
     if config.cost_per_hour is None:
         return ""
-    cost = config.cost_per_hour * seconds / 3600
-    return f" and cost {cost:,.4g}, {1000 * cost / max(photos, 1):,.4g} per 1,000 photos"
+    per_thousand = _cost_per_thousand(config.cost_per_hour, seconds, photos)
+    return f" and cost {config.cost_per_hour * seconds / 3600:,.4g}, {per_thousand:,.4g} per 1,000 photos"
+
+
+def _cost_per_thousand(per_hour: float, seconds: float, photos: int) -> float:
+    return per_hour * seconds / 3.6 / max(photos, 1)
 
 
 def _speed(config: ScoreConfig, work: Work, seconds: float) -> str:
     rate = work.scored / max(seconds, 1e-9)
-    per_thousand = None if config.cost_per_hour is None else config.cost_per_hour * seconds / 3.6 / max(work.scored, 1)
     if work.scored:
+        hour = config.cost_per_hour
+        per_thousand = None if hour is None else _cost_per_thousand(hour, seconds, work.scored)
         status.note(scored=work.scored, seconds=seconds, images_per_s=rate, cost_per_1000=per_thousand)
     stages = ", ".join(f"{stage} {work.seconds[stage]:.1f} s" for stage in STAGES)
     cost = _cost(config, seconds, work.scored)
