@@ -20,6 +20,7 @@ from fruitray.audit import LINES, audit, summary
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import preflight
 from fruitray.cluster.runtime import (
+    answer_of,
     beside_driver,
     claim,
     connect,
@@ -58,13 +59,13 @@ def run(config: PrepareConfig) -> str:
     if config.probe:
         from fruitray.cluster import suspects  # on use: it needs torch
 
-        ray.get(beside_driver(suspects.try_probe).remote(config))
-    found = ray.get(beside_driver(_finish).remote(config, *_look(config)))
+        answer_of(beside_driver(suspects.try_probe).remote(config))
+    found = answer_of(beside_driver(_finish).remote(config, *_look(config)))
     _show(found)
     if "refused" in found:
         raise UsageError(found["refused"])
     if config.show_augment:
-        ray.get(beside_driver(_draw_augmentation).remote(config))
+        answer_of(beside_driver(_draw_augmentation).remote(config))
         say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {out.uri_of(SHEET)}")
     if config.probe:
         suspects.find_suspects(config)
@@ -83,7 +84,7 @@ def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, 
     """References to the earlier index and to tables of `FACTS`, known or new, about every file in no particular order;
     counts of files."""
     listing = list(beside_driver(_list).remote(config))
-    counts = ray.get(listing[:3][-1])  # or, there or earlier, why the listing failed
+    counts = answer_of(listing[:3][-1])  # or, there or earlier, why the listing failed
     status.begin(open_output(config.out))
     earlier, facts, fresh = listing[0], listing[1:2], listing[3:]
     if not fresh:

@@ -34,6 +34,8 @@ from fruitray.storage import LocalStorage, Storage, open_storage
 warnings.filterwarnings("ignore", "`ray_remote_args_fn`")  # Ray has no other way yet to bound a worker's retries
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
+ATTEMPTS = 10
+"""How many workers may die over one task, or one table of a stream, before the job does."""
 OPEN = "FRUITRAY_OPEN_CLUSTER"
 """Set where the network keeps strangers out of a cluster that asks for no token."""
 
@@ -179,7 +181,17 @@ def lines_from_workers() -> Iterator[Queue]:
 
 def beside_driver(function: Callable[..., Any], **options: Any) -> Any:
     """`function` as a Ray task in a process of its own on the driver's node: what it holds, the driver need not."""
-    return ray.remote(function).options(**_here(), **options)
+    return ray.remote(function).options(**{"max_retries": ATTEMPTS, **_here(), **options})
+
+
+def answer_of(task: ObjectRef) -> Any:
+    """What the task answers, or raises.
+
+    Raises:
+        TryAgainError: its worker died each time.
+    """
+    with _deaths_told():
+        return ray.get(task)
 
 
 def _here() -> dict[str, Any]:
@@ -244,11 +256,9 @@ def _options(saved: bytes) -> dict[str, Any]:
     return config | {option: value for name in groups for option, value in config.pop(name).items()}
 
 
-ATTEMPTS = 10
-"""How many workers may die over one table before the job does."""
-
-
-def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any], **options: Any) -> Iterator[pa.Table]:
+def stream(
+    tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
+) -> Iterator[pa.Table]:
     """`work` over each table, one call per table, results as they come, in no promised order.
 
     A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
@@ -257,7 +267,7 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
     Raises:
         TryAgainError: the same table's worker died each time.
     """
-    done = _mapped(ray.data.from_arrow(list(tables)), work, **options)
+    done = _mapped(tables, work, **options)
     with _deaths_told():
         yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
@@ -265,9 +275,9 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
 def stream_references(
     tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
 ) -> Iterator[tuple[list[ObjectRef], int]]:
-    """As `stream`, of tables that the driver never holds: yields references to results, and how many rows they have."""
+    """As `stream`, of results that the driver never holds: yields references to them, and how many rows they have."""
     with _deaths_told():
-        for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
+        for bundle in _mapped(tables, work, **options).iter_internal_ref_bundles():
             yield bundle.block_refs, bundle.num_rows()
 
 
@@ -286,10 +296,10 @@ def _deaths_told() -> Iterator[None]:
         raise TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short") from error
 
 
-def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
+def _mapped(tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
     # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
     retries = {"max_task_retries" if isinstance(work, type) else "max_retries": ATTEMPTS}
-    return dataset.map_batches(
+    return ray.data.from_arrow_refs(list(tables)).map_batches(
         work,
         batch_size=None,
         batch_format="pyarrow",

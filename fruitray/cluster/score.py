@@ -6,42 +6,25 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from itertools import groupby
-from operator import itemgetter
-from typing import Any, TypeGuard
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from ray import ObjectRef
 
 from fruitray import status
+from fruitray.cluster import planner
 from fruitray.cluster.placement import needs, worker_count
 from fruitray.cluster.preflight import preflight
-from fruitray.cluster.runtime import connect, open_input, open_output
+from fruitray.cluster.runtime import answer_of, beside_driver, connect, open_input, open_output
 from fruitray.cluster.scorer import STAGES, Work, score_shards
-from fruitray.commit import (
-    PLAN,
-    Part,
-    Plan,
-    adopt_plan,
-    committed,
-    finish,
-    is_finished,
-    read_manifest,
-    read_plan,
-    read_shards,
-    write_plan,
-)
+from fruitray.commit import PLAN, Part, Plan, adopt_plan, is_finished, read_manifest, read_plan
 from fruitray.config import ScoreConfig, to_json
 from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
-from fruitray.errors import AccessDeniedError, ImageError, NoInputError, TooManyBadImagesError, TryAgainError
-from fruitray.images import fetch
-from fruitray.inputs import INPUTS, LISTS, entries, list_inputs
+from fruitray.errors import TooManyBadImagesError
+from fruitray.inputs import LISTS
 from fruitray.metrics import summary
 from fruitray.package import Package, load_package
-from fruitray.reuse import Earlier
 from fruitray.storage import Storage, open_storage
 
 METRICS = "metrics.json"
@@ -60,8 +43,6 @@ SHARDS_EACH, LEAST_ROWS, MOST_ROWS = 16, 32, 4096
 """Shards that there are for each worker, so that none is idle for long while others end; and rows of one."""
 PROBED = 64
 """Photos that a dry run scores, per worker."""
-TRIED = 3
-"""Photos that are read before a plan is written."""
 
 
 def run(config: ScoreConfig) -> str:
@@ -82,15 +63,21 @@ def run(config: ScoreConfig) -> str:
         status.mend(out)
         return _summary(config, out, plan, read_manifest(out), "was complete already")
     status.begin(out)
-    shards = read_shards(out, plan)
-    done = committed(out, shards)
-    left = [key for key in shards if key not in done]
-    random.shuffle(left)  # else each run would meet first what fails for good
-    if done:
-        say(f"score: {len(done)} of {plan.shards} shards were committed before")
-    work = score_shards(config, {key: shards[key] for key in left}, plan.settings["engine"]) if left else Work()
-    parts = finish(out, plan)
+    left, shards = _left(out)
+    if left["done"]:
+        say(f"score: {left['done']} of {plan.shards} shards were committed before")
+    work = score_shards(config, shards, left["rows"], plan.settings["engine"]) if shards else Work()
+    parts = answer_of(beside_driver(planner.seal).remote(out.uri))
     return _summary(config, out, plan, parts, _speed(config, work, time.perf_counter() - start))
+
+
+def _left(out: Storage) -> tuple[dict[str, int], list[ObjectRef]]:
+    """Counts of what is planned and not committed, and references to its shards, in an order of this run's own: else
+    each would meet first what fails for good."""
+    connect()
+    counts, *shards = beside_driver(planner.hand_out).remote(out.uri)
+    random.shuffle(shards)
+    return answer_of(counts), shards
 
 
 def _open_output(config: ScoreConfig) -> Storage:
@@ -109,15 +96,14 @@ def _settings(config: ScoreConfig, package: Package) -> dict[str, Any]:
 def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     """Adopt the plan that stands, or list the inputs and write one."""
     settings = _settings(config, package)
-    if plan := _standing_plan(config, settings, out):
-        return plan
-    inputs, skipped = _inputs(config)
-    workers = _workers(config)
-    settings["engine"] = _engine(config, inputs.num_rows, workers)
-    inputs = _with_known(config, settings, inputs)
-    rows = _shard_rows(config, inputs.num_rows, workers)
-    plan = write_plan(out, settings, inputs, rows, partitioned=config.partition_by == "folder")
-    say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {skipped}")
+    if standing := _standing_plan(config, settings, out):
+        return standing
+    found, inputs = _look(config, settings)
+    workers = worker_count(config.workers, gpu=config.gpu)
+    settings["engine"] = _engine(config, found["photos"], workers)
+    rows = _shard_rows(config, found["photos"], workers)
+    plan: Plan = answer_of(beside_driver(planner.plan).remote(config, settings, rows, inputs))
+    say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {found['skipped_hidden']}")
     if not plan.created_atomically:
         say(
             f"score: warning: {out.uri} ignores If-None-Match, so nothing stops two different jobs from writing there "
@@ -135,44 +121,17 @@ def _standing_plan(config: ScoreConfig, settings: Mapping[str, Any], out: Storag
     return adopt_plan(out, {**settings, "engine": engine, "shard_rows": shard_rows})
 
 
-def _inputs(config: ScoreConfig) -> tuple[pa.Table, int]:
-    """All inputs, and how many hidden files were skipped.
-
-    Raises:
-        NoInputError: there are none.
-        AccessDeniedError: their names may be listed, but not one of some may be read.
-    """
-    inputs, skipped = list_inputs(config.images)
-    if not inputs.num_rows:
-        raise NoInputError(" ".join(config.images))
-    some = inputs.take([number * (inputs.num_rows - 1) // (TRIED - 1) for number in range(TRIED)])
-    with suppress(TryAgainError):  # what cannot be had just now, workers try again
-        for root, rows in groupby(entries(some), itemgetter(0)):
-            refused = [found for found in fetch(open_storage(root), [entry for _, entry in rows]) if _is_refused(found)]
-            if len(refused) == TRIED:
-                raise AccessDeniedError(root, f"files may be listed but not read: {refused[0].detail}")
-    return inputs, skipped
-
-
-def _is_refused(found: bytes | ImageError) -> TypeGuard[ImageError]:
-    return isinstance(found, ImageError) and found.code == "E_SRC_DENIED"
-
-
-def _with_known(config: ScoreConfig, settings: Mapping[str, Any], inputs: pa.Table) -> pa.Table:
-    """`inputs`, of which those that `--previous` knows are marked."""
-    if not config.previous:
-        return inputs
-    earlier = Earlier(config.previous)
-    earlier.require(settings)
-    inputs = earlier.mark(inputs, retry_errors=config.retry_errors)
-    known = inputs.num_rows - inputs["known_part"].null_count
-    say(f"score: {known:,} of {inputs.num_rows:,} rows are taken from {config.previous}")
-    return inputs
-
-
-def _workers(config: ScoreConfig) -> int:
+def _look(config: ScoreConfig, settings: Mapping[str, Any]) -> tuple[dict[str, int], ObjectRef]:
+    """Counts of what is to be scored, and a reference to it."""
+    for place in config.images:
+        if not place.endswith(LISTS):
+            open_input(place)
     connect()
-    return worker_count(config.workers, gpu=config.gpu)
+    counts, *inputs = beside_driver(planner.look).remote(config, settings)
+    found = answer_of(counts)
+    if config.previous:
+        say(f"score: {found['known']:,} of {found['photos']:,} rows are taken from {config.previous}")
+    return found, inputs[0]
 
 
 def _engine(config: ScoreConfig, photos: int, workers: int) -> EngineName:
@@ -190,27 +149,22 @@ def _dry_run(config: ScoreConfig, package: Package) -> str:
     reads = [package.uri, *(place for place in config.images if not place.endswith(LISTS))]
     each = needs(gpu=config.gpu)
     say(preflight("score", reads, config.out, workers=config.workers or 1, cpus=each["cpus"], gpus=each["gpus"]))
-    settings, out, workers = _settings(config, package), open_storage(config.out), _workers(config)
+    settings, out = _settings(config, package), open_storage(config.out)
+    workers = worker_count(config.workers, gpu=config.gpu)
     if plan := _standing_plan(config, settings, out):
-        shards = read_shards(out, plan)
-        done, engine = committed(out, shards), plan.settings["engine"]
-        say(f"score: {len(done)} of {plan.shards} shards are committed")
-        inputs = pa.concat_tables([INPUTS.empty_table(), *(shards[key] for key in shards.keys() - done)])
+        (left, inputs), engine = _left(out), plan.settings["engine"]
+        say(f"score: {left['done']} of {plan.shards} shards are committed")
     else:
-        inputs, skipped = _inputs(config)
-        engine = _engine(config, inputs.num_rows, workers)
-        size = pc.sum(inputs["size"]).as_py() / 1e6
-        say(f"score: {inputs.num_rows:,} photos, {size:,.1f} MB; hidden files skipped: {skipped}")
-        inputs = _with_known(config, settings, inputs)
-    inputs = inputs.filter(pc.is_null(inputs["known_part"]))
-    if not (photos := inputs.num_rows):
+        found, listed = _look(config, settings)
+        inputs, engine = [listed], _engine(config, found["photos"], workers)
+        size = found["bytes"] / 1e6
+        say(f"score: {found['photos']:,} photos, {size:,.1f} MB; hidden files skipped: {found['skipped_hidden']}")
+    count, *shards = beside_driver(planner.probe).remote(PROBED, workers, *inputs)
+    if not (photos := answer_of(count)):
         return "score: nothing is left to score; nothing was written"
     workers = min(workers, photos)
-    count = min(photos, workers * PROBED)
-    probe = inputs.take([number * photos // count for number in range(count)])
-    shards = {str(number): probe.take(list(range(number, count, workers))) for number in range(workers)}
     start = time.perf_counter()
-    work = score_shards(config, shards, engine)
+    work = score_shards(config, shards, min(photos, workers * PROBED), engine)
     busy = sum(work.seconds.values())
     started = time.perf_counter() - start - busy / workers
     rows = _shard_rows(config, photos, workers)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import torch
+from ray import ObjectRef
 
 from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, worker_count
 from fruitray.cluster.runtime import connect, stream
@@ -65,8 +66,9 @@ class Work:
         self.seconds.update({stage: result[stage] for stage in STAGES})
 
 
-def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: EngineName) -> Work:
-    """Have workers score `shards`, and commit them unless it is a dry run.
+def score_shards(config: ScoreConfig, shards: Sequence[ObjectRef], photos: int, engine: EngineName) -> Work:
+    """Have workers score `shards`, of so many photos, and commit them unless it is a dry run. Each is a table of
+    `INPUTS` and of the `part` that is to hold its rows.
 
     Raises:
         TryAgainError: some could not be scored now; unless `GIVE_UP` in a row could not, all others are.
@@ -77,10 +79,9 @@ def score_shards(config: ScoreConfig, shards: Mapping[str, pa.Table], engine: En
     work, failed, in_a_row, engines = Work(), list[list[str]](), 0, set[str]()
     if not config.dry_run:  # which has said it
         say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
-    tables = [inputs.append_column("part", pa.array([key] * inputs.num_rows)) for key, inputs in shards.items()]
-    with progress("score", sum(inputs.num_rows for inputs in shards.values()), "photos") as advance:
+    with progress("score", photos, "photos") as advance:
         for result in stream(
-            tables,
+            shards,
             Scorer,
             fn_constructor_args=(config, engine, cpus),
             compute=ray.data.ActorPoolStrategy(

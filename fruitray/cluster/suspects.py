@@ -5,13 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import torch
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import build
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.runtime import beside_driver, open_output
+from fruitray.cluster.runtime import answer_of, beside_driver, open_output
 from fruitray.config import ModelConfig, PrepareConfig
 from fruitray.console import SHOWN, say, show_table
 from fruitray.features import features_key, read_features
@@ -38,7 +37,7 @@ def find_suspects(config: PrepareConfig) -> None:
         "weights": package.description["initial_weights"]["sha256"],
         "index": index.sha256,
     }
-    found = ray.get(beside_driver(_rank).remote(config.out, key, facts, config.seed))
+    found = answer_of(beside_driver(_rank).remote(config.out, key, facts, config.seed))
     show_table("labels to look at", found["first"])
     trust = "" if found["agrees"] >= TRUSTED else "; too few for this list to mean much"
     say(

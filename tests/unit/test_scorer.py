@@ -31,9 +31,8 @@ def answered(answers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(scorer, "say_who_waits", lambda *_, **__: None)
     monkeypatch.setattr(scorer, "worker_count", lambda *_, **__: 2)
     config = ScoreConfig(package="p", images=("i",), out="o")
-    shards = {str(number): pa.table({"uri": ["a", "b"]}) for number in range(len(answers))}
     with pytest.raises(TryAgainError, match=r"a\.jpg: the connection broke; \d+ shards wait"):
-        score_shards(config, shards, "eager")
+        score_shards(config, [None] * len(answers), 2 * len(answers), "eager")
     return taken
 
 
