@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fruitray.augment import augment, copies, mix, mixes
+from fruitray.console import progress
 from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
 from fruitray.machine import cache_folder
@@ -67,8 +68,10 @@ def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preproc
     shape = (len(entries), preprocessing.size, preprocessing.size, 3)
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        for row, square in enumerate(squares(storage, entries, preprocessing)):
-            array[row] = square.permute(1, 2, 0).numpy()
+        with progress("decode", len(entries), "photos") as advance:
+            for row, square in enumerate(squares(storage, entries, preprocessing)):
+                array[row] = square.permute(1, 2, 0).numpy()
+                advance(1)
         array.flush()
         os.replace(temporary, path)
     finally:

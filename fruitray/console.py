@@ -1,4 +1,7 @@
-"""What a person sees: lines, tables and progress. On a terminal a live bar; in a job's log a line now and then."""
+"""What a person sees: lines, tables and progress. On a terminal a live bar; in a job's log a line now and then.
+
+A worker's lines, and how far it is, are for the driver to show: `tell` hands them on.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +18,9 @@ SHOWN = 10
 """Lines of a table of which a file has more."""
 
 _OUT = Console(highlight=False, soft_wrap=True)
+_hear: Callable[[str | int], object] | None = None
 _shown: dict[str, Any] = {}
+_advance: Callable[..., None] | None = None
 
 
 def to_standard_error() -> None:
@@ -24,9 +29,18 @@ def to_standard_error() -> None:
     _OUT = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
+def tell(hear: Callable[[str | int], object]) -> None:
+    """From now on show nothing in this process: `hear` gets each line, and each count that `reached` is given."""
+    global _hear
+    _hear = hear
+
+
 def say(text: str) -> None:
     """One line, as it is."""
-    _OUT.print(text, markup=False, emoji=False)
+    if _hear:
+        _hear(text)
+    else:
+        _OUT.print(text, markup=False, emoji=False)
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | None = None) -> None:
@@ -52,18 +66,30 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count, note="")`; shows how many of `total` `unit` are done, how fast, what is left, the note."""
-    live = _live(what, total, unit) if _OUT.is_terminal else _logged(what, total, unit)
+def progress(what: str, total: int, unit: str, *, in_logs: bool = True) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count, note="")`; shows how many of `total` `unit` are done, how fast, what is left, the note.
+    `in_logs`: in a log, too; a job that has lines of its own to say does without."""
+    global _advance
+    live = _live if _OUT.is_terminal and not _hear else _logged if in_logs else _silent
     _shown.update(step=what, done=0, total=total, unit=unit)
-    with live as show:
+    with live(what, total, unit) as show:
 
         def advance(count: int, note: str = "") -> None:
             _shown["done"] += count
             show(count, note)
 
+        _advance = advance
         yield advance
+    _advance = None
     _shown.clear()
+
+
+def reached(done: int) -> None:
+    """Of the progress under way so much is done, all in all."""
+    if _hear:
+        _hear(done)
+    elif _advance and done > _shown["done"]:
+        _advance(done - _shown["done"])
 
 
 def shown() -> dict[str, Any]:
@@ -110,3 +136,8 @@ def _logged(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     yield advance
     if said != done:
         line()
+
+
+@contextmanager
+def _silent(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    yield lambda count, note: None

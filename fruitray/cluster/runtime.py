@@ -27,7 +27,7 @@ from fruitray import status
 from fruitray.cluster import token_path
 from fruitray.cluster.placement import GROWS
 from fruitray.config import to_json
-from fruitray.console import say
+from fruitray.console import reached, say
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError, find_ours
 from fruitray.storage import LocalStorage, Storage, open_storage
 
@@ -162,12 +162,16 @@ def own_cluster(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lines_from_workers() -> Iterator[Queue]:
-    """Yields a queue to hand to workers: what they put into it is said on the driver's console."""
+    """Yields a queue to hand to workers: lines that they put into it are said on the driver's console, counts are what
+    its progress has reached."""
     queue = Queue(actor_options=_here())
 
     def listen() -> None:
-        while (line := queue.get()) is not None:
-            say(line)
+        while (told := queue.get()) is not None:
+            if isinstance(told, str):
+                say(told)
+            else:
+                reached(told)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

@@ -29,7 +29,7 @@ from fruitray.cluster.placement import cpus_per_gpu, require_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours
 from fruitray.config import FitConfig, TrainConfig
-from fruitray.console import say
+from fruitray.console import progress, reached, say, tell
 from fruitray.errors import find, find_ours
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
@@ -62,7 +62,7 @@ def run(config: TrainConfig) -> str:
         require_room(config.workers, **_share(config))
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
-        with lines_from_workers() as lines:
+        with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
     delete_checkpoints(out)
     model_id = show_final(out)
@@ -122,7 +122,8 @@ def _share(config: TrainConfig) -> dict[str, float]:
 def _work(job: dict[str, Any]) -> None:
     """One worker: its share of every batch; rank 0 keeps checkpoints and writes the package."""
     config, context = job["config"], ray.train.get_context()
-    rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
+    tell(_teller(job["lines"]))
     index, initial = read_index(config["index"]), load_package(job["initial"])
     fit_config = FitConfig(**config["fit"] | {"accumulate": job["parts"]})
     recipe = make_recipe(
@@ -136,10 +137,9 @@ def _work(job: dict[str, Any]) -> None:
         device=device,
     )
     recipe.model.to(device)
-    out, tell = open_storage(job["out"]), _teller(job["lines"])
-    with tracking(out, config, rank=rank, warn=tell) as track:
+    with tracking(out, config, rank=rank, warn=say) as track:
         keeper = Keeper(out, 60 * config["checkpoint_minutes"])
-        history = _fit(recipe, fit_config, keeper, _resume(out, rank, tell), tell, track)
+        history = _fit(recipe, fit_config, keeper, _resume(out, rank), track)
         track.finish(best_row(history))
     if rank == 0:
         write_final(out, config, recipe, index, initial, history, device)
@@ -150,7 +150,6 @@ def _fit(
     config: FitConfig,
     keeper: Keeper,
     resume: dict[str, Any] | None,
-    tell: Callable[[str], None],
     track: Tracking,
 ) -> list[dict[str, Any]]:
     """Train as `recipe` says, keeping checkpoints; answers a row for each epoch."""
@@ -173,30 +172,32 @@ def _fit(
         if rank == 0:
             keeper.keep({**moment.state, "history": history}, now=not isinstance(moment, Epoch))
         if rank == 0 and isinstance(moment, Epoch):
-            tell(_line(moment, config))
+            say(_line(moment, config))
+            reached(moment.number)
     return history
 
 
-def _resume(out: Storage, rank: int, tell: Callable[[str], None]) -> dict[str, Any] | None:
+def _resume(out: Storage, rank: int) -> dict[str, Any] | None:
     """The newest whole state, the same for all workers: the first one looks, the others are told its name."""
-    name = newest_checkpoint(out, tell) if rank == 0 else None
+    name = newest_checkpoint(out, say) if rank == 0 else None
     name = ray.train.collective.broadcast_from_rank_zero(name)
     if name is None:
         return None
     state = load_checkpoint(out, name)
     if rank == 0:
-        tell(f"train: going on from a checkpoint, after {state['number']} epochs and {state['step']} steps")
+        say(f"train: going on from a checkpoint, after {state['number']} epochs and {state['step']} steps")
+        reached(state["number"])
     return state
 
 
-def _teller(lines: Queue) -> Callable[[str], None]:
-    """Says a line on the driver's console."""
+def _teller(lines: Queue) -> Callable[[str | int], None]:
+    """Hands on to the driver's console."""
 
-    def tell(line: str) -> None:
+    def hear(told: str | int) -> None:
         with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
-            lines.put(line)
+            lines.put(told)
 
-    return tell
+    return hear
 
 
 def _itself(it: Any) -> Any:

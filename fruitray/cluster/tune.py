@@ -20,7 +20,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, connect, open_output, require_ours
 from fruitray.cluster.trial import reason, run_trial
 from fruitray.config import TuneConfig
-from fruitray.console import LOG_INTERVAL_S, say
+from fruitray.console import LOG_INTERVAL_S, progress, reached, say
 from fruitray.errors import FruitrayError, TrialsFailedError, UsageError
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
@@ -120,7 +120,9 @@ def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-    return list(tuner.fit())
+    total = config.trials if config.search == "optuna" else len(space["trial"]["grid_search"])
+    with progress("tune", total, "trials", in_logs=False):
+        return list(tuner.fit())
 
 
 def _asha(config: TuneConfig) -> ASHAScheduler:
@@ -219,4 +221,5 @@ class _Lines(tune.Callback):  # type: ignore[misc]
         options = f"learning rate {fit['learning_rate']:.3g}, batch {fit['batch_size']}, dropout {model['dropout']}"
         network = Network(model["backbone"], model["frozen"])
         ended = sum(other.is_finished() for other in trials)
+        reached(ended)
         say(f"tune: {ended} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")

@@ -51,6 +51,7 @@ def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> No
     network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", "--tta", *SMALL)
     code, printed = cluster.run("train", "--index", f"{place}/index", "--out", model, *network)
     assert code == 0, printed
+    assert "decode: 58 of 58 photos" in printed, "two are corrupt"
     package, card = load_package(model), open_storage(model).read("README.md").decode()
     assert package.description["model"]["backbone"] == "efficientnet_b2"
     assert package.inference.tta
