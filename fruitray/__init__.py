@@ -14,7 +14,15 @@ __all__ = ["__version__", "load"]
 
 
 def load(uri: str) -> "Predictor":
-    """The model package at `uri`, a local path or s3:// prefix, ready to use: `load(uri).predict([photo_bytes, ...])`.
+    """The model package at `uri`, a local path or s3:// prefix, ready to use.
+
+    >>> import fruitray as fr
+    >>> model = fr.load("runs/model")
+    >>> good, bad = model.predict([open("new/0001.jpg", "rb").read(), b"no photo"])
+    >>> good.status, good.label in model.package.classes, 0 < good.confidence <= 1
+    ('ok', True, True)
+    >>> bad.status, bad.error_code
+    ('error', 'E_NOT_IMAGE')
 
     Raises:
         ModelRejectedError: there is none, or it is broken.

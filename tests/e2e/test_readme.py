@@ -1,6 +1,6 @@
-"""What README tells a person to run on their photos does run, in the order of the text, in a folder with raw/ and new/.
+"""What README and the guides tell a person to run on photos does run, in this order, in a folder with raw/ and new/.
 
-Its commands come from there, made small by options behind theirs. Those that want a bucket run in `test_jobs.py` and
+The commands come from there, made small by options behind theirs. Those that want a bucket run in `test_jobs.py` and
 `test_local_cluster.py`, `make demo` in `test_demo.py`.
 """
 
@@ -18,7 +18,8 @@ from fruitray.storage import LocalStorage
 from fruitray.synthetic import photo_set
 from tests.cluster import PATIENCE_S, ROOT, Cluster
 
-README = (ROOT / "README.md").read_text()
+GUIDES = ("prepare", "tune", "train", "score", "export")
+TEXT = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)))
 PHOTOS = photo_set(20)
 """60, two of them corrupt."""
 SMALL = ("--backbones", "cnn", "--trials", "1", "--image-size", "64", "--epochs", "1")
@@ -28,22 +29,22 @@ ELSEWHERE = ("--out", "runs/elsewhere", "--dry-run")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(job, arguments) of each that README shows and that stays on this machine."""
-    shown = re.findall(r"^    python -m jobs\.(\w+) +(.*)$", README, re.MULTILINE)
-    found = [(job, arguments.partition("#")[0].split()) for job, arguments in shown]
-    return [(job, arguments) for job, arguments in found if not any(word.startswith("s3://") for word in arguments)]
+    """(job, arguments) of each that is shown and that stays on this machine, once."""
+    shown = re.findall(r"^    python -m jobs\.(\w+) +(.*)$", TEXT, re.MULTILINE)
+    once = dict.fromkeys((job, *arguments.partition("#")[0].split()) for job, arguments in shown)
+    return [(job, arguments) for job, *arguments in once if not any(word.startswith("s3://") for word in arguments)]
 
 
 def snippets() -> list[str]:
-    """Each block of Python that README shows and that says where its files are."""
-    blocks = re.findall(r"(?:^ {4,}\S.*\n)+", README, re.MULTILINE)
+    """Each block of Python that is shown and that says where its files are."""
+    blocks = re.findall(r"(?:^ {4,}\S.*\n)+", TEXT, re.MULTILINE)
     python = [textwrap.dedent(block) for block in blocks if re.match(r" +(import|from) ", block)]
     return [block for block in python if "<run>" not in block]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
-    """Where all of README's commands have been run."""
+    """Where all of the commands have been run."""
     here = tmp_path_factory.mktemp("readme")
     for key, data in PHOTOS.items():
         LocalStorage(str(here / "raw")).write(key, data)
@@ -63,16 +64,22 @@ def test_each_command_leaves_what_the_text_says(folder: Path) -> None:
     assert pq.read_table(folder / "runs" / "scores" / "data").num_rows == 1
     for name in ("index/augment.png", "tune/best.json", "model/package.json", "onnx/model.onnx", "pt2/model.pt2"):
         assert (folder / "runs" / name).exists(), name
-    for name in ("", "index", "tune", "model", "scores", "scores-2"):
+    for name in ("", "audit", "index", "tune", "model", "scores", "tonight"):
         assert (folder / "runs" / name / "report.html").exists(), name
 
 
 @pytest.mark.parametrize("number", range(len(snippets())))
-def test_the_python_that_it_shows_runs(folder: Path, number: int) -> None:
+def test_the_python_that_is_shown_runs(folder: Path, number: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", snippets()[number]], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_docstrings_examples_run(folder: Path) -> None:
+    code = "import doctest, fruitray; print(doctest.testmod(fruitray))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == "TestResults(failed=0, attempted=5)\n", done.stdout + done.stderr
 
 
 def test_the_notebook_runs(folder: Path) -> None:
@@ -83,5 +90,5 @@ def test_the_notebook_runs(folder: Path) -> None:
     assert "E_NOT_IMAGE" in done.stdout
 
 
-def test_it_shows_python() -> None:
+def test_python_is_shown() -> None:
     assert len(snippets()) == 3
