@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +30,7 @@ def to_standard_error() -> None:
 
 
 def tell(hear: Callable[[str | int], object]) -> None:
-    """From now on show nothing in this process: `hear` gets each line, and each count that `reached` is given."""
+    """From now on say nothing in this process: `hear` gets each line, and each count that `reached` is given."""
     global _hear
     _hear = hear
 
@@ -99,16 +99,19 @@ def shown() -> dict[str, Any]:
 
 @contextmanager
 def _live(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    numbers = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
-    columns = (TextColumn("{task.description}"), *numbers, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    start = time.monotonic()
-    with Progress(*columns, console=_OUT) as bar:
-        task = bar.add_task(what, total=total, note="", rate="")
+    numbers = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[speed]}"))
+    with Progress(TextColumn("{task.description}"), *numbers, TextColumn("{task.fields[note]}"), console=_OUT) as bar:
+        task = bar.add_task(what, total=total, speed="", note="")
+        first: tuple[int, float] | None = None  # what was there, and when: a job that resumes has not done it just now
+        done = 0
 
         def advance(count: int, note: str = "") -> None:
-            bar.advance(task, count)
-            rate = bar.tasks[0].completed / max(time.monotonic() - start, 1e-9)
-            bar.update(task, note=note, rate=f"{rate:,.1f}/s")
+            nonlocal done, first
+            done, now = done + count, time.monotonic()
+            first = first or (done, now)
+            rate = (done - first[0]) / max(now - first[1], 1e-9)
+            speed = f"{rate:,.3g}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+            bar.update(task, advance=count, speed=speed, note=note)
 
         yield advance
 

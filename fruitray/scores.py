@@ -15,9 +15,9 @@ SCHEMA = pa.schema(
     [
         field("uri", pa.string(), "where the photo lies, verbatim"),
         field("label", pa.string(), "the most likely class"),
-        field("confidence", pa.float32(), "softmax share of `label`"),
-        field("top_labels", pa.list_(pa.string()), "the most likely first"),
-        field("top_scores", pa.list_(pa.float32()), "their softmax shares"),
+        field("confidence", pa.float32(), "calibrated softmax share of `label`"),
+        field("top_labels", pa.list_(pa.string()), "the most likely first, as many as --top-k says"),
+        field("top_scores", pa.list_(pa.float32()), "their calibrated softmax shares"),
         field("status", pa.string(), "ok, or error"),
         field("error_code", pa.string(), "one of fruitray.images.CODES"),
         field("error", pa.string(), "what error_code means, and what is known of this file"),

@@ -27,6 +27,8 @@ QUICKER = {
 }
 """What a person's cluster has no need of: here a node's death is noticed sooner, and tests run side by side."""
 
+DRAWING = ("prepare", "tune", "train", "score")
+"""Jobs that draw a page at their end."""
 SMALL = ("--object-store-memory=500000000", "--include-log-monitor=False")
 
 
@@ -39,9 +41,12 @@ class Cluster:
     folder: Path
     dashboard: str
 
-    def start(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
-        """`python -m jobs.JOB arguments` in `folder`, as a driver of its own session."""
-        return self._start(["-m", f"jobs.{job}", *arguments], folder, environment)
+    def start(
+        self, job: str, *arguments: str, folder: Path = ROOT, page: bool = False, **environment: str
+    ) -> subprocess.Popen[str]:
+        """`python -m jobs.JOB arguments` in `folder`, a driver of its own session; a `page` takes seconds."""
+        quick = ("--no-report",) if job in DRAWING and not page else ()
+        return self._start(["-m", f"jobs.{job}", *arguments, *quick], folder, environment)
 
     def start_apart(self, job: str, *arguments: str, cpus: int, **environment: str) -> subprocess.Popen[str]:
         """As `start`, on a Ray of its own with so many CPUs, which finds the same storage unless told otherwise."""
@@ -76,9 +81,11 @@ class Cluster:
         environment = self.environment | {"RAY_ADDRESS": self.dashboard}
         return submit(environment, "--", "python", "-m", f"jobs.{job}", *arguments)
 
-    def run(self, job: str, *arguments: str, folder: Path = ROOT, **environment: str) -> tuple[int, str]:
+    def run(
+        self, job: str, *arguments: str, folder: Path = ROOT, page: bool = False, **environment: str
+    ) -> tuple[int, str]:
         """(exit code, all it printed) of a job."""
-        return end_of(self.start(job, *arguments, folder=folder, **environment))
+        return end_of(self.start(job, *arguments, folder=folder, page=page, **environment))
 
 
 def end_of(job: subprocess.Popen[str]) -> tuple[int, str]:

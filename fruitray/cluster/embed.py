@@ -6,7 +6,6 @@ import random
 from dataclasses import asdict
 
 import pyarrow as pa
-import ray
 import ray.data
 import torch
 
@@ -50,10 +49,9 @@ def ensure_features(
     if not work:
         return
     views, made = sum(each.views for each in work), 0
-    tasks = [{"block": asdict(each.block), "variants": each.variants} for each in work]
     with progress(f"embed with {package.description['model']['backbone']}", views, "views") as advance:
         for done in stream(
-            [ray.put(pa.Table.from_pylist([task])) for task in tasks],
+            [pa.Table.from_pylist([{"block": asdict(each.block), "variants": each.variants}]) for each in work],
             _Embedder,
             fn_constructor_args=(package.uri, index.images, index_uri, key, gpu),
             compute=ray.data.ActorPoolStrategy(size=min(worker_count(0, gpu=gpu), len(work))),

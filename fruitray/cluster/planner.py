@@ -1,6 +1,6 @@
 """Of score, what needs all inputs at once: list and plan them, hand out what is left, prove that none is missing.
 
-Each is a task beside the driver, which holds references and counts alone, so its memory does not grow with the inputs.
+Each is a task beside the driver, which holds references and counts, so its memory hardly grows with the inputs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ def _is_refused(found: bytes | ImageError) -> TypeGuard[ImageError]:
 
 
 def plan(config: ScoreConfig, settings: dict[str, Any], shard_rows: int, inputs: pa.Table) -> Plan:
-    """Write the plan, or adopt an equal job's."""
+    """See `write_plan`."""
     out = open_storage(config.out)
     return write_plan(out, settings, inputs, shard_rows, partitioned=config.partition_by == "folder")
 
@@ -82,6 +82,8 @@ def probe(each: int, workers: int, *inputs: pa.Table) -> Iterator[int | pa.Table
     table = pa.concat_tables([INPUTS.empty_table(), *(table.select(INPUTS.names) for table in inputs)])
     table = table.filter(pc.is_null(table["known_part"]))
     yield (photos := table.num_rows)
+    if not photos:
+        return
     workers = min(workers, photos)
     count = min(photos, workers * each)
     some = table.take([number * photos // count for number in range(count)])

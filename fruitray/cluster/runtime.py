@@ -260,9 +260,7 @@ def _options(saved: bytes) -> dict[str, Any]:
     return config | {option: value for name in groups for option, value in config.pop(name).items()}
 
 
-def stream(
-    tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
-) -> Iterator[pa.Table]:
+def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any], **options: Any) -> Iterator[pa.Table]:
     """`work` over each table, one call per table, results as they come, in no promised order.
 
     A killed worker's table is done again elsewhere, up to `ATTEMPTS` times: what kills every worker ends the job.
@@ -271,17 +269,17 @@ def stream(
     Raises:
         TryAgainError: the same table's worker died each time.
     """
-    done = _mapped(tables, work, **options)
     with _deaths_told():
+        done = _mapped(ray.data.from_arrow(list(tables)), work, **options)
         yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def stream_references(
     tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
 ) -> Iterator[tuple[list[ObjectRef], int]]:
-    """As `stream`, of results that the driver never holds: yields references to them, and how many rows they have."""
+    """As `stream`, of tables that the driver never holds: yields references to results, and how many rows they have."""
     with _deaths_told():
-        for bundle in _mapped(tables, work, **options).iter_internal_ref_bundles():
+        for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
             yield bundle.block_refs, bundle.num_rows()
 
 
@@ -300,10 +298,10 @@ def _deaths_told() -> Iterator[None]:
         raise TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short") from error
 
 
-def _mapped(tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
+def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:
     # The workers of a class may hold every CPU, so no other step (read, repartition) may stand before them.
     retries = {"max_task_retries" if isinstance(work, type) else "max_retries": ATTEMPTS}
-    return ray.data.from_arrow_refs(list(tables)).map_batches(
+    return dataset.map_batches(
         work,
         batch_size=None,
         batch_format="pyarrow",

@@ -87,6 +87,10 @@ def _open_output(config: ScoreConfig) -> Storage:
     return out
 
 
+def _folders(config: ScoreConfig) -> list[str]:
+    return [place for place in config.images if not place.endswith(LISTS)]
+
+
 def _settings(config: ScoreConfig, package: Package) -> dict[str, Any]:
     """All that decides a row, but for the engine."""
     known = {"images": list(config.images), "model_id": package.model_id, "classes": list(package.classes)}
@@ -98,8 +102,11 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     settings = _settings(config, package)
     if standing := _standing_plan(config, settings, out):
         return standing
-    found, inputs = _look(config, settings)
+    for place in _folders(config):
+        open_input(place)
+    connect()
     workers = worker_count(config.workers, gpu=config.gpu)
+    found, inputs = _look(config, settings)
     settings["engine"] = _engine(config, found["photos"], workers)
     rows = _shard_rows(config, found["photos"], workers)
     plan: Plan = answer_of(beside_driver(planner.plan).remote(config, settings, rows, inputs))
@@ -123,10 +130,6 @@ def _standing_plan(config: ScoreConfig, settings: Mapping[str, Any], out: Storag
 
 def _look(config: ScoreConfig, settings: Mapping[str, Any]) -> tuple[dict[str, int], ObjectRef]:
     """Counts of what is to be scored, and a reference to it."""
-    for place in config.images:
-        if not place.endswith(LISTS):
-            open_input(place)
-    connect()
     counts, *inputs = beside_driver(planner.look).remote(config, settings)
     found = answer_of(counts)
     if config.previous:
@@ -146,7 +149,7 @@ def _shard_rows(config: ScoreConfig, photos: int, workers: int) -> int:
 
 
 def _dry_run(config: ScoreConfig, package: Package) -> str:
-    reads = [package.uri, *(place for place in config.images if not place.endswith(LISTS))]
+    reads = [package.uri, *_folders(config)]
     each = needs(gpu=config.gpu)
     say(preflight("score", reads, config.out, workers=config.workers or 1, cpus=each["cpus"], gpus=each["gpus"]))
     settings, out = _settings(config, package), open_storage(config.out)

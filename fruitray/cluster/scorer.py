@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import ray.data
 import torch
 from ray import ObjectRef
@@ -68,7 +69,7 @@ class Work:
 
 def score_shards(config: ScoreConfig, shards: Sequence[ObjectRef], photos: int, engine: EngineName) -> Work:
     """Have workers score `shards`, of so many photos, and commit them unless it is a dry run. Each is a table of
-    `INPUTS` and of the `part` that is to hold its rows.
+    `INPUTS` and of the `part` that is to hold its rows, which workers fetch by themselves.
 
     Raises:
         TryAgainError: some could not be scored now; unless `GIVE_UP` in a row could not, all others are.
@@ -79,11 +80,12 @@ def score_shards(config: ScoreConfig, shards: Sequence[ObjectRef], photos: int, 
     work, failed, in_a_row, engines = Work(), list[list[str]](), 0, set[str]()
     if not config.dry_run:  # which has said it
         say_who_waits("score", workers, cpus=cpus, gpus=int(config.gpu))
+    numbers = [pa.table({"shard": [number]}) for number in range(len(shards))]
     with progress("score", photos, "photos") as advance:
         for result in stream(
-            shards,
+            numbers,
             Scorer,
-            fn_constructor_args=(config, engine, cpus),
+            fn_constructor_args=(config, engine, cpus, shards),
             compute=ray.data.ActorPoolStrategy(
                 size=workers,
                 max_tasks_in_flight_per_actor=AT_ONCE,
@@ -128,14 +130,15 @@ _ANSWER = pa.schema(
 
 
 class Scorer:
-    """One worker: a shard in, its rows committed, their counts out. `AT_ONCE` threads may call it."""
+    """One worker: the number of a shard in, its rows committed, their counts out. `AT_ONCE` threads may call it."""
 
-    def __init__(self, config: ScoreConfig, engine: EngineName, cpus: int) -> None:
+    def __init__(self, config: ScoreConfig, engine: EngineName, cpus: int, shards: Sequence[ObjectRef] = ()) -> None:
         torch.set_num_threads(1)
         if config.gpu and not torch.cuda.is_available():
             raise UsageError(
                 "--gpu: PyTorch sees no GPU on a node that Ray gives one of; see its driver, and its torch"
             )
+        self._shards = shards
         self._config, self._package = config, load_package(config.package)
         self._predictor = Predictor(
             self._package,
@@ -160,17 +163,21 @@ class Scorer:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
 
     def __call__(self, task: pa.Table) -> pa.Table:
+        return self.score(ray.get(self._shards[task["shard"][0].as_py()]))
+
+    def score(self, shard: pa.Table) -> pa.Table:
+        """One row of `_ANSWER`: what became of the shard."""
         try:
-            answer = {**self._score(task), "failed": []}
+            answer = {**self._score(shard), "failed": []}
         except TryAgainError as error:
             answer = {"failed": [error.uri, error.reason]}
         return pa.Table.from_pylist([answer], _ANSWER)
 
-    def _score(self, task: pa.Table) -> dict[str, Any]:
+    def _score(self, shard: pa.Table) -> dict[str, Any]:
         if self._config.dry_run:
             with self._turn:
-                self._predictor.predict_squares(self._squares(self._contents(task.slice(0, WARM_UP))))
-        inputs, part = task.select(INPUTS.names), task["part"][0].as_py()
+                self._predictor.predict_squares(self._squares(self._contents(shard.slice(0, WARM_UP))))
+        inputs, part = shard.select(INPUTS.names), shard["part"][0].as_py()
         fresh = inputs.filter(pc.is_null(inputs["known_part"]))
         contents = self._contents(fresh)
         first = list(islice(contents, 1))  # fetched, as are those that follow it, while another shard is computed

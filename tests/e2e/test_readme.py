@@ -24,8 +24,8 @@ PHOTOS = photo_set(20)
 """60, two of them corrupt."""
 SMALL = ("--backbones", "cnn", "--trials", "1", "--image-size", "64", "--epochs", "1")
 """What makes the first search quick, and the training of what it finds."""
-ELSEWHERE = ("--out", "runs/elsewhere", "--dry-run")
-"""For the others, which would take long."""
+LONG = ("--dry-run",)
+"""For the others."""
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -52,8 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
     LocalStorage(str(here / "new")).write("0001.jpg", good)
     ran = set[str]()
     for job, arguments in commands():
-        more = () if job != "tune" else ELSEWHERE if job in ran else SMALL
-        code, printed = cluster.run(job, *arguments, *more, folder=here)
+        more = () if job != "tune" else LONG if job in ran else SMALL
+        code, printed = cluster.run(job, *arguments, *more, folder=here, page=True)
         assert code == 0, f"{job} {arguments}: {printed}"
         ran.add(job)
     assert ran == {"prepare", "tune", "train", "score", "verify", "export", "report"}
@@ -64,7 +64,7 @@ def test_each_command_leaves_what_the_text_says(folder: Path) -> None:
     assert pq.read_table(folder / "runs" / "scores" / "data").num_rows == 1
     for name in ("index/augment.png", "tune/best.json", "model/package.json", "onnx/model.onnx", "pt2/model.pt2"):
         assert (folder / "runs" / name).exists(), name
-    for name in ("", "audit", "index", "tune", "model", "scores", "tonight"):
+    for name in ("", "audit", "index", "tune", "model", "scores", "scores-2"):
         assert (folder / "runs" / name / "report.html").exists(), name
 
 

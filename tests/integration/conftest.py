@@ -93,7 +93,7 @@ def scorable(aws: str, calm: str) -> str:
 def score_arguments(root: str, out: str) -> list[str]:
     """Of a run with small shards on two workers."""
     places = ["--package", f"{root}/model", "--images", f"{root}/raw", "--out", f"{root}/{out}"]
-    return [*places, "--shard-rows", "2", "--workers", "2", "--engine", "eager", "--no-report"]
+    return [*places, "--shard-rows", "2", "--workers", "2", "--engine", "eager"]
 
 
 def fill_scorable(root: str) -> None:

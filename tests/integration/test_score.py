@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fruitray.cluster.planner import look
 from fruitray.cluster.scorer import Scorer
 from fruitray.commit import PLAN, verify
 from fruitray.config import ScoreConfig
-from fruitray.errors import AccessDeniedError, ImageError, NotFoundError
+from fruitray.errors import ImageError, NotFoundError
 from fruitray.images import decode
 from fruitray.inputs import list_inputs
 from fruitray.package import load_package
@@ -67,30 +66,30 @@ def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: P
         package=str(tmp_path / "model"), images=(str(photos),), out=str(tmp_path / "out"), dry_run=True
     )
     shard = list_inputs(config.images)[0].append_column("part", pa.array(["0"]))
-    assert Scorer(config, "eager", cpus=1)(shard)["errors"].to_pylist() == [0]
+    assert Scorer(config, "eager", cpus=1).score(shard)["errors"].to_pylist() == [0]
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(NotFoundError, match="photos"):
-        Scorer(config, "eager", cpus=1)(shard)
+        Scorer(config, "eager", cpus=1).score(shard)
     photos.mkdir()
     with pytest.raises(NotFoundError, match="empty on"):
-        Scorer(config, "eager", cpus=1)(shard)
+        Scorer(config, "eager", cpus=1).score(shard)
 
 
 def test_photos_that_may_be_listed_but_not_read_are_told_before_a_plan_is_written(
-    s3: S3Server, aws: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, cluster: Cluster, aws: str, tmp_path: Path
 ) -> None:
     save_untrained(str(tmp_path / "model"))
     for number in range(5):
         open_storage(f"s3://{aws}/raw").write(f"{number}.jpg", _good_photo())
-    config = ScoreConfig(package=str(tmp_path / "model"), images=(f"s3://{aws}/raw",), out=str(tmp_path / "out"))
+    arguments = ("--package", str(tmp_path / "model"), "--images", f"s3://{aws}/raw", "--out", str(tmp_path / "out"))
 
     def forbid(method: str, path: str, _: int) -> str:
         return "denied" if method == "GET" and "/raw/" in path else ""
 
     with trouble_before(s3.endpoint, forbid) as (endpoint, _):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        with pytest.raises(AccessDeniedError, match="listed but not read"):
-            next(look(config, {}))
+        code, printed = end_of(cluster.start_apart("score", *arguments, cpus=1, AWS_ENDPOINT_URL=endpoint))
+    assert (code, "listed but not read" in printed, "Traceback" in printed) == (6, True, False), printed
+    assert not (tmp_path / "out" / PLAN).exists()
 
 
 def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Cluster, scorable: str) -> None:

@@ -149,7 +149,7 @@ def test_killed_before_and_after_everything_asked_of_the_store(
     some = [entry.key for entry in open_storage(f"{scorable}/raw").list()][:6]
     for key in some:
         open_storage(f"{scorable}/some").write(key, open_storage(f"{scorable}/raw").read(key))
-    arguments = ["--package", f"{scorable}/model", "--images", f"{scorable}/some", "--shard-rows", "3", "--no-report"]
+    arguments = ["--package", f"{scorable}/model", "--images", f"{scorable}/some", "--shard-rows", "3"]
     code, printed = cluster.run("score", *arguments, "--out", f"{scorable}/some-calm")
     assert code == 0, printed
     kinds = ("kill before", "kill after")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from fruitray import index, scores, trials
+from fruitray import evaluation, final, index, scores, suspects, trials
 from fruitray.images import CODES
 from fruitray.rules import REASONS
 from tests.cluster import ROOT
@@ -30,6 +30,9 @@ def _columns(schema: pa.Schema) -> str:
     [
         ("prepare", _columns(index.SCHEMA)),
         ("prepare", _table("reason what", list(REASONS.items()))),
+        ("prepare", _columns(suspects.SCHEMA)),
+        ("train", _columns(final.HISTORY)),
+        ("train", _columns(evaluation.PREDICTIONS)),
         ("tune", _columns(trials.SCHEMA)),
         ("score", _columns(scores.schema(embeddings=True))),
         ("score", _table("code what", list(CODES.items()))),
