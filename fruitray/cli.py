@@ -6,6 +6,7 @@ Nothing heavy is imported before a job runs, so `--help` answers at once.
 import difflib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -136,14 +137,18 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
     kind = JOBS[name]
     arguments = [*from_file(kind, argv), *argv]
-    return tyro.cli(
-        kind,
-        args=arguments,
-        prog=f"fruitray {name}",
-        description=_first_line(kind),
-        default=default_of(name, arguments),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    try:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            prog=f"fruitray {name}",
+            description=_first_line(kind),
+            default=default_of(name, arguments),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except BrokenPipeError:  # as where `head` has read enough of `--help`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 def _first_line(kind: type[Any]) -> str:

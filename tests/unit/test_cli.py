@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,15 @@ def test_help_answers_without_loading_anything_heavy(job: str) -> None:
     tried = f"try: run_job({job!r}, ['--help'])\nexcept SystemExit as end: assert not end.code"
     code = f"from fruitray.cli import run_job\n{tried}"
     assert _imported_by(code) == set()
+
+
+def test_who_reads_only_the_start_of_help_sees_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from fruitray.cli import run_job; run_job('train', ['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_option_is_explained() -> None:
