@@ -39,6 +39,7 @@ bench: install
 	$(RUN) tests.benchmarks.train
 	$(RUN) tests.benchmarks.search cache
 	$(RUN) tests.benchmarks.search tune
+	$(RUN) tests.benchmarks.decode
 	$(RUN) tests.benchmarks.fetch
 	$(RUN) tests.benchmarks.score
 	$(RUN) tests.benchmarks.scale

@@ -37,7 +37,7 @@ def squares(storage: Storage, entries: Sequence[Entry], preprocessing: Preproces
         try:
             if isinstance(data, ImageError):
                 raise data
-            yield preprocessing.resize(decode(data).pixels)
+            yield preprocessing.resize(decode(data, preprocessing.enough).pixels)
         except ImageError as error:
             reason = f"not as indexed, run prepare again: {error}"
             raise OutputConflictError(storage.uri_of(entry.key), reason) from error
@@ -51,7 +51,7 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
     Raises:
         OutputConflictError: a photo is no longer what the index says.
     """
-    what = [storage.uri, asdict(preprocessing), [(entry.key, entry.etag) for entry in entries]]
+    what = [storage.uri, asdict(preprocessing), preprocessing.enough, [(entry.key, entry.etag) for entry in entries]]
     path = cache_folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(path.with_suffix(".lock"), "w") as lock:

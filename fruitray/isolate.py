@@ -46,8 +46,8 @@ DECODE_MEMORY = 4 * 2**30
 
 
 class Isolated:
-    """`function` (named as `module:name`), from bytes to a dict that JSON can hold, called in a child process; besides,
-    it may hold `pixels`, a uint8 array of any shape.
+    """`function` (named as `module:name`, or `module:name:NUMBER`, which it then gets, too), from bytes to a dict that
+    JSON can hold, called in a child process; besides, it may hold `pixels`, a uint8 array of any shape.
 
     The child starts at the first call and again after each death. It ends with `close`, and with this process, however
     that ends. For one thread at a time.
@@ -308,9 +308,9 @@ def _set_limits(memory: int) -> None:
 
 
 def _find(name: str) -> Callable[[bytes], dict[str, Any]]:
-    module, _, function = name.partition(":")
-    found: Callable[[bytes], dict[str, Any]] = getattr(import_module(module), function)
-    return found
+    module, function, *numbers = name.split(":")
+    found: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
+    return lambda data: found(data, *map(int, numbers))
 
 
 def _answer(function: Callable[[bytes], dict[str, Any]], data: bytes, timeout_s: float) -> list[bytes]:

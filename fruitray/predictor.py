@@ -82,9 +82,15 @@ class Predictor:
         """One prediction per item; an item that could not be fetched comes as its `ImageError`."""
         return self.predict_squares(map(self._decoded, contents))
 
-    def square(self, pixels: NDArray[np.uint8]) -> Square:
-        """(3, H, W) uint8 RGB -> what `predict_squares` takes. May be called by several threads."""
-        return Square(self.package.model.preprocessing.resize(pixels), pixels.shape[2], pixels.shape[1])
+    @property
+    def enough(self) -> int:
+        """See `Preprocessing.enough`."""
+        return self.package.model.preprocessing.enough
+
+    def square(self, pixels: NDArray[np.uint8], width: int, height: int) -> Square:
+        """(3, H, W) uint8 RGB of a photo of that size -> what `predict_squares` takes. May be called by several
+        threads."""
+        return Square(self.package.model.preprocessing.resize(pixels), width, height)
 
     def predict_squares(self, squares: Iterable[Square | ImageError]) -> list[Prediction]:
         """One prediction per photo; one that could not be decoded comes as its `ImageError`."""
@@ -131,7 +137,10 @@ class Predictor:
         self.seconds += time.perf_counter() - start
 
     def _decoded(self, content: bytes | ImageError) -> Square | ImageError:
+        if isinstance(content, ImageError):
+            return content
         try:
-            return content if isinstance(content, ImageError) else self.square(decode(content).pixels)
+            photo = decode(content, self.enough)
+            return self.square(photo.pixels, photo.width, photo.height)
         except ImageError as error:
             return error

@@ -1,5 +1,6 @@
 """RGB pixels of any size -> the square a network sees. Training and scoring share this, through the model package."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -37,6 +38,12 @@ class Preprocessing:
             numbers = len(value) == 3 and all(isinstance(number, (int, float)) for number in value)
             require(numbers, name, value, "must be three numbers")
         require(min(self.std) > 0, "std", self.std, "must be positive")
+
+    @property
+    def enough(self) -> int:
+        """Pixels of a photo's shorter side beyond which more make no difference worth their decoding: twice as many as
+        `resize` leaves of them."""
+        return math.ceil(2 * self.size / (self.crop or 1))
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:

@@ -149,7 +149,7 @@ class Scorer:
             full_precision=config.full_precision,
             embeddings=config.embeddings,
         )
-        self._decoders = IsolatedPool(RGB, cpus)
+        self._decoders = IsolatedPool(f"{RGB}:{self._predictor.enough}", cpus)
         self._turn = threading.Lock()
         """Held by the thread that decodes and computes."""
         self._storages: dict[str, Storage] = {}
@@ -246,7 +246,10 @@ class Scorer:
             _require_seen(storage)
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
-        return self._decoders.map(contents, lambda found: self._predictor.square(_pixels(found)))
+        def square(found: Mapping[str, Any]) -> Square:
+            return self._predictor.square(found["pixels"].transpose(2, 0, 1), found["width"], found["height"])
+
+        return self._decoders.map(contents, square)
 
 
 def _require_seen(storage: Storage) -> None:
@@ -256,7 +259,3 @@ def _require_seen(storage: Storage) -> None:
         with os.scandir(storage.uri) as found:
             if next(found, None) is None:
                 raise NotFoundError(storage.uri, f"is empty on {platform.node()}: is it not mounted there?")
-
-
-def _pixels(found: Mapping[str, Any]) -> Any:
-    return found["pixels"].transpose(2, 0, 1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fruitray.errors import (
@@ -29,6 +29,7 @@ from fruitray.errors import (
     TryAgainError,
 )
 from fruitray.images import CODES, MAX_BYTES, decode, fetch, list_images
+from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, LocalStorage, Storage
 from tests.unit.photos import (
     CODED,
@@ -52,13 +53,20 @@ from tests.unit.photos import (
 
 
 def code_of(data: bytes) -> str:
-    """The error code of `data`, which must be in the catalogue; `loaded` if it is a photo."""
+    """The error code of `data`, which must be in the catalogue, and the same where less than all is enough; `loaded` if
+    it is a photo."""
+    code = _code_of(data)
+    assert _code_of(data, enough=4) == code
+    return code
+
+
+def _code_of(data: bytes, enough: int = 0) -> str:
     try:
-        photo = decode(data)
+        photo = decode(data, enough)
     except ImageError as error:
         refusal = error
     else:
-        assert photo.pixels.shape == (3, photo.height, photo.width)
+        assert enough or photo.pixels.shape == (3, photo.height, photo.width)
         assert photo.pixels.dtype == np.uint8
         return "loaded"
     assert refusal.code in CODES
@@ -86,6 +94,28 @@ def test_a_photo_becomes_its_rgb_pixels(data: bytes, name: str, tolerance: int) 
     photo = decode(data)
     assert (photo.format, photo.mode, photo.width, photo.height, photo.frames) == (name, "RGB", WIDTH, HEIGHT, 1)
     assert nearly(photo.pixels.transpose(1, 2, 0), GRADIENT, tolerance)
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600), (1601, 1203), (9600, 1200)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_of_a_large_jpeg_no_more_is_decoded_than_is_enough(size: tuple[int, int], mode: str, orientation: int) -> None:
+    image = PHOTO.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(image, "JPEG", quality=95, exif=exif)
+    whole, some = decode(data), decode(data, 250)
+    assert (some.width, some.height) == (whole.width, whole.height) == (size if orientation == 1 else size[::-1])
+    assert 250 <= min(some.image.size) < 500
+    square = Preprocessing(size=125)
+    assert square.enough == 250
+    assert nearly(square.resize(some.pixels).numpy(), square.resize(whole.pixels).numpy(), 3)
+
+
+@pytest.mark.parametrize("enough", [0, 150, 200, 5000])
+@every_format
+def test_a_photo_that_is_none_too_large_is_decoded_as_it_is(data: bytes, enough: int) -> None:
+    assert nearly(decode(data, enough).pixels, decode(data).pixels)
 
 
 @pytest.mark.parametrize(
