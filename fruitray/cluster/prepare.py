@@ -51,7 +51,7 @@ def run(config: PrepareConfig) -> str:
     out = open_output(config.out, images)
     require_ours(out, "prepare", config)
     if all(is_hidden(entry.key) for entry in images.list()):
-        raise NoInputError(images.uri)
+        raise NoInputError(images.uri, "holds no files to read: it is to hold a folder of photos for each class")
     if config.dry_run:
         return preflight("prepare", [config.images], config.out, cpus=1)
     connect()
