@@ -20,7 +20,7 @@ from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, draw, photo_set
 from tests.cluster import Cluster, Nodes, ray_head
 from tests.conftest import new_bucket
-from tests.unit.runs import spread
+from tests.unit.runs import jpeg, spread
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +70,8 @@ def nodes(s3: S3Server) -> Iterator[Nodes]:
 
 SCORED = 240
 """Photos that `scorable` has."""
+LARGE = (1200, 900)
+"""Pixels of one of them, which is decoded at a quarter of that."""
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +99,11 @@ def score_arguments(root: str, out: str) -> list[str]:
 
 
 def fill_scorable(root: str) -> None:
-    """Write a package, and `SCORED` photos of three classes, some of them corrupt."""
+    """Write a package, and `SCORED` photos of three classes, some of them corrupt, one of them large."""
     save_untrained(f"{root}/model")
     raw, photos = open_storage(f"{root}/raw"), list(photo_set(20).items())
-    for number in range(SCORED):
+    raw.write("cherry/large.jpg", jpeg(draw("cherry", 0, LARGE)))
+    for number in range(1, SCORED):
         key, data = photos[number % len(photos)]
         folder, _, name = key.rpartition("/")
         raw.write(f"{folder}/{number:03d} {name}", data)

@@ -23,7 +23,7 @@ from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from fruitray.synthetic import photo_set
 from tests.cluster import Cluster, end_of, wait_for
-from tests.integration.conftest import SCORED, fill_scorable, save_untrained, score_arguments
+from tests.integration.conftest import LARGE, SCORED, fill_scorable, save_untrained, score_arguments
 from tests.trouble import trouble_before
 from tests.unit.test_bad_input import FILES, HIDDEN, NEVER_OPENED, fill
 
@@ -44,7 +44,8 @@ def test_the_rows_are_what_the_predictor_says_in_this_process(scorable: str) -> 
     predictor, compared = Predictor(load_package(f"{scorable}/model"), gpu=False, batch_size=7), 0
     for key, prediction in zip(keys, predictor.predict([raw.read(key) for key in keys]), strict=True):
         row = rows[f"{scorable}/raw/{key}"]
-        assert (row["status"], row["error_code"]) == (prediction.status, prediction.error_code)
+        for name in ("status", "error_code", "width", "height"):
+            assert row[name] == getattr(prediction, name)
         if prediction.status == "ok":
             scores = dict(zip(prediction.top_labels or (), prediction.top_scores or (), strict=True))
             assert dict(zip(row["top_labels"], row["top_scores"], strict=True)) == pytest.approx(scores, abs=1e-2)
@@ -54,6 +55,7 @@ def test_the_rows_are_what_the_predictor_says_in_this_process(scorable: str) -> 
                 compared += 1
                 assert row["label"] == prediction.label
     assert compared > SCORED / 2
+    assert LARGE in {(row["width"], row["height"]) for row in rows.values()}
     assert len({row["label"] for row in rows.values()}) == 4, "three classes, and none for errors"
 
 
