@@ -24,12 +24,12 @@ def test_the_page_of_a_run_on_real_photos(
     (tmp_path / "raw" / label / "none.jpg").write_bytes(b"no photo")
     given = ("--weights", str(shared_weights), "--image-size", "96")
     for job, arguments in {
-        "prepare": ("--images", raw, "--out", index, "--probe", BACKBONE, "--no-report", *given),
-        "tune": ("--index", index, "--out", tune, "--backbones", BACKBONE, "--trials", "2", "--no-report", *given),
-        "train": ("--index", index, "--out", model, "--config", f"{tune}/best.json", "--no-report"),
+        "prepare": ("--images", raw, "--out", index, "--probe", BACKBONE, *given),
+        "tune": ("--index", index, "--out", tune, "--backbones", BACKBONE, "--trials", "2", *given),
+        "train": ("--index", index, "--out", model, "--config", f"{tune}/best.json"),
         "score": ("--package", model, "--images", raw, "--out", scores, "--cost-per-hour", "1"),
     }.items():
-        code, printed = cluster.run(job, *arguments)
+        code, printed = cluster.run(job, *arguments, page=job == "score")
         assert code == 0, printed
         assert ("see " in printed) == (job == "score")
     file = tmp_path / "scores" / "report.html"
