@@ -167,7 +167,7 @@ def decode(data: bytes, enough: int = 0) -> Photo:
                 raise image_error("E_TRUNCATED")
             size = image.size
             if enough:
-                image.draft(None, (max(1, size[0] * enough // min(size)), max(1, size[1] * enough // min(size))))
+                image.draft(None, (size[0] * enough // min(size), size[1] * enough // min(size)))
             image.load()
             frames = int(getattr(image, "n_frames", 1))
             orientation = _orientation(image)

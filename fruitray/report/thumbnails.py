@@ -22,10 +22,8 @@ def thumbnails(root: str, uris: Sequence[str]) -> dict[str, str]:
     """A data URI of each photo of `uris`, all below `root`, that can be had; decoded in a process of their own."""
     found: dict[str, str] = {}
     wanted = [uri for uri in dict.fromkeys(uris) if uri.startswith(f"{root}/")]
-    with (
-        suppress(FruitrayError),
-        Isolated(f"{RGB}:{2 * SIDE}") as isolated,
-    ):  # a page does without photos where there are none
+    decoder = Isolated(f"{RGB}:{2 * SIDE}")
+    with suppress(FruitrayError), decoder as isolated:  # a page does without photos where there are none
         storage = open_storage(root)
         entries = [Entry(uri[len(root) + 1 :], 0, "") for uri in wanted]
         for uri, decoded in zip(wanted, isolated.map(fetch(storage, entries)), strict=True):

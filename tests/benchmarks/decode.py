@@ -44,11 +44,9 @@ def main() -> None:
         photos = [photo(number, size) for number in range(PHOTOS)]
         (whole_ms, whole), (some_ms, some) = seen(photos, 0), seen(photos, SEEN.enough)
         apart = (whole - some).abs()
-        print(
-            f"{size[0]}x{size[1]}: whole {whole_ms:.1f} ms, enough {some_ms:.1f} ms, {whole_ms / some_ms:.2f} x; ",
-            end="",
-        )
-        print(f"apart by {apart.mean():.2f} of 255 on average, {apart.max():.0f} at most")
+        took = f"whole {whole_ms:.1f} ms, enough {some_ms:.1f} ms, {whole_ms / some_ms:.2f} x"
+        changed = f"apart by {apart.mean():.2f} of 255 on average, {apart.max():.0f} at most"
+        print(f"{size[0]}x{size[1]}: {took}; {changed}")
 
 
 if __name__ == "__main__":
