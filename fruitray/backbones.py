@@ -4,7 +4,6 @@ A `Classifier` takes raw uint8 squares and normalises them itself, so nobody out
 """
 
 import contextlib
-import copy
 from dataclasses import replace
 from typing import Any, Self
 
@@ -142,13 +141,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def layer_summary(model: Classifier) -> str:
     """A table of layers with output shapes and parameters, and below it the totals, trained and not."""
-    bones = copy.deepcopy(model).to("meta")  # shapes alone: nothing is computed, and `model` stays as it is
-    size = model.preprocessing.size
-    photo = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
+    size, device = model.preprocessing.size, model.mean.device
+    photo = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     columns = ("output_size", "num_params", "trainable")
     table = ""
     for depth in (3, 2):
-        rows = summary(bones, input_data=photo, device="meta", depth=depth, col_names=columns, col_width=20, verbose=0)
+        rows = summary(model, input_data=photo, device=device, depth=depth, col_names=columns, col_width=20, verbose=0)
         table = str(rows).partition("\nTotal mult-adds")[0]  # which misses attention
         if table.count("\n") < 60:
             break

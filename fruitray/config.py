@@ -509,11 +509,11 @@ class DemoConfig:
     """Local folder; each run gets a folder of its own in it."""
     per_class: int = 200
     """Photos to draw for each of the three classes."""
-    trials: int = 6
+    trials: int = 4
     """Tune trials to run."""
-    epochs: int = 16
+    epochs: int = 12
     """At most so many epochs for each trial and for the final model."""
-    image_size: int = 96
+    image_size: int = 64
     """Side in pixels of what the networks see."""
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as HTTPConnectionError
+from botocore.loaders import create_loader
+from botocore.session import get_session
 
 from fruitray.errors import (
     AccessDeniedError,
@@ -154,7 +156,13 @@ def _client(*, read_timeout_s: float, attempts: int) -> Any:
         response_checksum_validation="when_required",
     )
     with _errors("s3://"):
-        return boto3.session.Session().client("s3", config=config)
+        session = get_session()
+        session.register_component("data_loader", _LOADER)
+        return boto3.session.Session(botocore_session=session).client("s3", config=config)
+
+
+_LOADER = create_loader()
+"""Keeps botocore's description of S3, which each client would read anew: most of the time that making one takes."""
 
 
 _BAD_KEYS = {

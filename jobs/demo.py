@@ -2,7 +2,7 @@
 
 python -m jobs.demo
 
-Under three minutes on two cores, once it is installed.
+Two to six minutes on two cores, once it is installed.
 """
 
 import sys

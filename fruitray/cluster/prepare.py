@@ -4,7 +4,6 @@ The driver passes references on and never holds the rows, so its memory does not
 once runs beside it, in a process of its own.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -41,8 +40,8 @@ from fruitray.storage import Entry
 
 MIN_CHUNK, MAX_CHUNK = 128, 4096
 """Photos per task: few enough to show progress, enough for the driver, which keeps a record per task, to stay small."""
-SHEET, SHEET_SIDE = "augment.png", 160
-"""Name of the contact sheet, and pixels of its photos."""
+SHEET_SIDE = 160
+"""Pixels of the photos of `augment.png`."""
 
 
 def run(config: PrepareConfig) -> str:
@@ -66,7 +65,8 @@ def run(config: PrepareConfig) -> str:
         raise UsageError(found["refused"])
     if config.show_augment:
         answer_of(beside_driver(_draw_augmentation).remote(config))
-        say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {out.uri_of(SHEET)}")
+        sheet = out.uri_of("augment.png")
+        say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {sheet}")
     if config.probe:
         suspects.find_suspects(config)
     return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
@@ -141,20 +141,10 @@ def _finish(
 
 
 def _draw_augmentation(config: PrepareConfig) -> None:
-    """Write the contact sheet of an augmentation."""
-    import torch  # on use, as what follows: prepare does without it otherwise
+    from fruitray.sheet import write_sheet  # on use: prepare does without torch otherwise
 
-    from fruitray.augment import contact_sheet
-    from fruitray.batches import squares
-    from fruitray.preprocess import Preprocessing
-
-    index, out = read_index(config.out), open_output(config.out)
-    entries, _ = index.rows("train")
-    chosen = [entries[place * len(entries) // config.show_augment] for place in range(config.show_augment)]
-    photos = torch.stack(list(squares(open_input(config.images), chosen, Preprocessing(size=SHEET_SIDE))))
-    sheet = io.BytesIO()
-    contact_sheet(photos, config.augment, config.seed).save(sheet, "PNG")
-    out.write(SHEET, sheet.getvalue())
+    out, count = open_output(config.out), config.show_augment
+    write_sheet(out, read_index(config.out), config.augment, config.seed, photos=count, side=SHEET_SIDE)
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -36,11 +36,14 @@ from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
 from fruitray.package import DESCRIPTION, load_package
 from fruitray.recipe import Recipe, make_recipe
+from fruitray.sheet import write_sheet
 from fruitray.storage import Storage, open_storage
 from fruitray.tracking import Tracking, tracking
 
 FAILURES = 3
 """How often the workers are started again after a failure, if nothing was reached in between."""
+SHEET_PHOTOS, SHEET_SIDE = 3, 96
+"""Photos that `augment.png` shows, and their pixels."""
 
 
 def run(config: TrainConfig) -> str:
@@ -137,6 +140,8 @@ def _work(job: dict[str, Any]) -> None:
         device=device,
     )
     recipe.model.to(device)
+    if rank == 0 and fit_config.augment != "none":
+        write_sheet(out, index, fit_config.augment, fit_config.seed, photos=SHEET_PHOTOS, side=SHEET_SIDE)
     with tracking(out, config, rank=rank, warn=say) as track:
         keeper = Keeper(out, 60 * config["checkpoint_minutes"])
         history = _fit(recipe, fit_config, keeper, _resume(out, rank), track)

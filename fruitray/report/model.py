@@ -1,10 +1,12 @@
 """What `train` made: how the model learned, how right it is, how sure it should be, where it fails."""
 
+import io
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fruitray.errors import FruitrayError
 from fruitray.index import read_index
@@ -15,7 +17,7 @@ from fruitray.report.thumbnails import data_uri, thumbnails
 
 BINS = 10
 """Of the reliability diagram."""
-MISTAKES, SHEET_ROWS, SHEET_SIDE = 12, 3, 96
+MISTAKES = 12
 LARGEST_MATRIX = 25
 """Classes of a confusion matrix that still can be read."""
 
@@ -35,7 +37,7 @@ def model(output: Output, index: Output | None) -> Section:
         blocks.append(Table("the commonest confusions", _confused(names, metrics["confusion"])))
     blocks += _sureness(output, metrics)
     blocks += _mistakes(metrics["mistakes"], index)
-    if sheet := _augmentation(output, index):
+    if sheet := _augmentation(output):
         blocks.append(sheet)
     options = {**described["model"], **described["fit"]}
     blocks.append(Details("options", "\n".join(f"{name:<16}{value}" for name, value in options.items())))
@@ -134,24 +136,11 @@ def _mistakes(mistakes: Sequence[dict[str, Any]], index: Output | None) -> list[
     return [Gallery("the most confident mistakes", pictures)]
 
 
-def _augmentation(output: Output, index: Output | None) -> Gallery | None:
+def _augmentation(output: Output) -> Gallery | None:
     """What the training photos were made into."""
-    policy = (output.options.get("fit") or {}).get("augment")
-    if index is None or not policy or policy == "none":
-        return None
-    import torch  # on use, as what follows: it takes seconds to load
-
-    from fruitray.augment import contact_sheet
-    from fruitray.batches import squares
-    from fruitray.preprocess import Preprocessing
-    from fruitray.storage import open_storage
-
     with suppress(FruitrayError):
-        found = read_index(index.storage.uri)
-        entries, _ = found.rows("train")
-        chosen = [entries[place * len(entries) // SHEET_ROWS] for place in range(min(SHEET_ROWS, len(entries)))]
-        photos = torch.stack(list(squares(open_storage(found.images), chosen, Preprocessing(size=SHEET_SIDE))))
-        sheet = data_uri(contact_sheet(photos, policy))
-        alt = f"{len(photos)} training photos, a row each: first as it is, then as the augmentation {policy} makes it"
+        sheet = data_uri(Image.open(io.BytesIO(output.storage.read("augment.png"))))
+        policy = (output.options.get("fit") or {}).get("augment")
+        alt = f"training photos, a row each: first as it is, then as the augmentation {policy} makes it"
         return Gallery(f"augmentation: {policy}", [Picture(sheet, alt)], wide=True)
     return None
