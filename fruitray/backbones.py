@@ -93,6 +93,13 @@ def skeleton(config: ModelConfig, classes: int, preprocessing: Preprocessing) ->
     return Classifier(model.trunk, model.head, preprocessing).to(memory_format=torch.channels_last)
 
 
+def rebuilt(model: Classifier, config: ModelConfig, classes: int) -> Classifier:
+    """Another one with the weights of `model`; dropout and what is frozen may differ in `config`."""
+    other = skeleton(config, classes, model.preprocessing)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def freeze(model: Classifier) -> None:
     """Leave only the head to train."""
     model.trunk.requires_grad_(False)

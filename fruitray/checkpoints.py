@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fruitray.errors import FruitrayError
+from fruitray.errors import NotFoundError, TryAgainError
 from fruitray.storage import Storage
 
 KEPT = 2
@@ -48,17 +48,34 @@ def committed_checkpoints(storage: Storage) -> Iterator[str]:
 
 
 def newest_checkpoint(storage: Storage, tell: Callable[[str], object]) -> str | None:
-    """The name of the newest one that is whole; `tell` is told what is wrong with newer ones."""
-    for name in committed_checkpoints(storage):
-        if (reason := _damage(storage, name)) is None:
+    """The name of the newest one that is whole; `tell` is told what is wrong with newer ones, which are deleted: they
+    would take the place of others.
+
+    Raises:
+        StorageError: one may be whole, but cannot be had.
+    """
+    names = list(committed_checkpoints(storage))
+    for place, name in enumerate(names, start=1):
+        _, damage = _read(storage, name)
+        if damage is None:
             return name
-        tell(f"checkpoint {storage.uri_of(name)}.pt {reason}: going on from the one before it")
+        then = "going on from the one before it" if place < len(names) else "there is none before it"
+        tell(f"checkpoint {storage.uri_of(name)}.pt {damage}: {then}")
+        for ending in ("json", "pt"):
+            storage.delete(f"{name}.{ending}")
     return None
 
 
 def load_checkpoint(storage: Storage, name: str) -> dict[str, Any]:
-    """The state, its tensors on the CPU; nothing but plain data and tensors is ever unpickled."""
-    state: dict[str, Any] = torch.load(io.BytesIO(storage.read(f"{name}.pt")), map_location="cpu", weights_only=True)
+    """The state, its tensors on the CPU; nothing but plain data and tensors is ever unpickled.
+
+    Raises:
+        TryAgainError: it is not whole any more.
+    """
+    data, damage = _read(storage, name)
+    if damage:
+        raise TryAgainError(f"{storage.uri_of(name)}.pt", damage)
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 
 
@@ -66,6 +83,7 @@ def delete_checkpoints(storage: Storage) -> None:
     """Remove them all: the training is done."""
     for entry in [*storage.list(_FOLDER)]:
         storage.delete(entry.key)
+    storage.sweep(_FOLDER)
 
 
 class Pace:
@@ -108,15 +126,15 @@ class Keeper:
                 save_checkpoint(self._storage, state)
 
 
-def _damage(storage: Storage, name: str) -> str | None:
-    """What is wrong with it."""
+def _read(storage: Storage, name: str) -> tuple[bytes, str | None]:
+    """Its state as bytes, and what is wrong with it."""
     try:
         said, data = json.loads(storage.read(f"{name}.json")), storage.read(f"{name}.pt")
-    except (FruitrayError, ValueError) as error:
-        return f"cannot be read ({error})"
+    except (NotFoundError, ValueError) as error:
+        return b"", f"cannot be read ({error})"
     if not isinstance(said, dict) or hashlib.sha256(data).hexdigest() != said.get("sha256"):
-        return "does not have the SHA-256 it was written with"
-    return None
+        return b"", "does not have the SHA-256 it was written with"
+    return data, None
 
 
 def _prune(storage: Storage) -> None:

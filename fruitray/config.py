@@ -160,7 +160,8 @@ class FitConfig:
     batch_size: int = 64
     """Photos per optimizer step, over all workers together."""
     accumulate: int = 1
-    """Compute each step in so many parts, one after the other: less memory, the same step."""
+    """Compute each step in so many parts, one after the other: less memory, the same step, but for batch norm, which
+    sees each part alone."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd has Nesterov momentum of 0.9."""
     learning_rate: float | None = None
@@ -375,7 +376,7 @@ class TrainConfig:
     """Share of the validation photos that the package's confidence threshold lets pass: photos below it may show none
     of the classes."""
     workers: int = 1
-    """Data-parallel workers; what is learned does not depend on their number."""
+    """Data-parallel workers; what is learned does not depend on their number, but for what drops out at random."""
     gpu: bool = False
     """Give each worker one GPU."""
     checkpoint_minutes: float = 5.0

@@ -203,12 +203,12 @@ Kind = TypeVar("Kind", bound=BaseException)
 def find(error: BaseException | None, kind: type[Kind]) -> Kind | None:
     """The error of that kind that `error` is or was caused by; Ray wraps what its workers raise in several layers."""
     while error is not None:
-        held = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), *error.args]
-        inner = next((one for one in held if isinstance(one, BaseException)), None)
-        if inner is not None:  # before the type: Ray's wrapper pretends to be of its cause's
-            error = inner
-        elif isinstance(error, kind):
+        held = [getattr(error, name, None) for name in ("cause", "health_check_failure")]
+        held += [*getattr(error, "worker_failures", {}).values(), *error.args]
+        inner = [one for one in held if isinstance(one, BaseException)]
+        if inner:  # before the type: Ray's wrapper pretends to be of its cause's
+            return next(filter(None, (find(one, kind) for one in inner)), None)
+        if isinstance(error, kind):
             return error
-        else:
-            error = error.__cause__
+        error = error.__cause__
     return None

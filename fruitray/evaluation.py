@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from fruitray.index import Index
 from fruitray.inference import TEMPERATURES, UNCALIBRATED, Inference
 from fruitray.metrics import accuracy, confusion, wilson_interval
 from fruitray.recipe import Recipe, validation_photos
+from fruitray.steps import outputs
 from fruitray.tables import field
 
 FILE = "metrics.json"
@@ -166,7 +168,7 @@ def compute_logits(
         for batch in batches.epoch(0):
             inputs = batch.inputs.to(device)
             start = time.perf_counter()
-            logits[batch.examples] = inference.logits(module, inputs).cpu()
+            logits[batch.examples] = inference.logits(partial(outputs, module), inputs).cpu()
             seconds += time.perf_counter() - start
     return logits, seconds
 

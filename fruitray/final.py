@@ -33,6 +33,7 @@ HISTORY = pa.schema(
         field("seconds", pa.float64(), "of the epoch, validation included; where it was resumed, since then"),
         field("learning_rate", pa.float64(), "of the head, in the last step"),
         field("images_per_s", pa.float64(), "training examples per second, validation left out"),
+        field("parts", pa.int32(), "that each step was computed in: --accumulate, or more where memory was short"),
     ]
 )
 """`history.parquet`: a row per epoch."""
@@ -48,6 +49,7 @@ def history_row(epoch: Epoch) -> dict[str, Any]:
         "seconds": epoch.seconds,
         "learning_rate": epoch.learning_rate,
         "images_per_s": epoch.images_per_s,
+        "parts": epoch.parts,
     }
 
 

@@ -19,7 +19,7 @@ from fruitray.batches import Batches
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError
 from fruitray.metrics import accuracy, confusion
-from fruitray.steps import Reduce, Run, Wrap, prepare
+from fruitray.steps import Reduce, Run, Wrap, outputs, prepare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +147,7 @@ def evaluate(
     predictions = torch.zeros(batches.examples, dtype=torch.int64)
     with torch.inference_mode():
         for batch in batches.epoch(0):
-            logits = module(batch.inputs.to(device))
+            logits = outputs(module, batch.inputs.to(device))
             total += F.cross_entropy(logits, batch.labels.to(device), reduction="sum").double()
             predictions[batch.examples] = logits.argmax(dim=1).cpu()
     return reduce(total.cpu()).item() / max(1, batches.examples), reduce(predictions)

@@ -1,5 +1,6 @@
 """Storage in a bucket: calls to boto3, and what it raises as errors of ours, with the sentence a person needs."""
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import boto3
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -44,6 +46,8 @@ from fruitray.storage import Entry, Storage
 
 READ_ATTEMPTS = 5
 """How often a body that arrives short or stalls is read again before `TryAgainError`."""
+AT_ONCE, PART = 1 << 30, 1 << 27
+"""Bytes beyond which an object is sent in parts, as S3 takes no more than five times that in one; and of each part."""
 
 
 class S3Storage(Storage):
@@ -112,8 +116,13 @@ class S3Storage(Storage):
         raise AssertionError("unreachable")
 
     def write(self, key: str, data: bytes) -> None:
+        where = {"Bucket": self._bucket, "Key": self._root + key}
         with _errors(self.uri_of(key)):
-            self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data)
+            if len(data) > AT_ONCE:
+                in_parts = TransferConfig(multipart_threshold=AT_ONCE, multipart_chunksize=PART)
+                self._client.upload_fileobj(io.BytesIO(data), **where, Config=in_parts)
+            else:
+                self._client.put_object(**where, Body=data)
 
     def create(self, key: str, data: bytes) -> bool:
         condition = {"IfNoneMatch": "*"}

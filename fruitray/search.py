@@ -128,6 +128,8 @@ def _sweep(config: TuneConfig) -> Iterator[Trial]:
         for choice in range(1, count):
             axis = name.rpartition(": ")[2]
             yield Trial(*settings(config, first, Walk([0] * place + [choice])), axis)
+    if config.preset == "report":
+        config = replace(config, dropouts=())  # there each has its own
     for network in others:
         yield Trial(*settings(config, network, Walk([])), "network")
 

@@ -68,7 +68,7 @@ class Run:
         self._wrapped.train()
         steps, mine = len(self._train), torch.zeros(1, dtype=torch.float64, device=self._device)
         for step, batch in enumerate(self._train.epoch(number, done), start=done):
-            torch.manual_seed(_step_seed(self._config.seed, number, step))  # dropout; the same after a resume
+            torch.manual_seed(self._seed(number, step))
             progress = ((number - 1 - first) * steps + step) / ((last - first) * steps)
             self._set_learning_rate(_factor(self._config, progress))
             mine += self._step(batch)
@@ -81,6 +81,11 @@ class Run:
                 _require_number(number, total)
                 yield step + 1, total
                 self._wrapped.train()
+
+    def _seed(self, number: int, step: int) -> int:
+        """Of what drops out; the same after a resume, and each worker's own."""
+        seed = epoch_seed(self._config.seed, number) * 1_000_003 + step + self._train.rank * 1_000_000_007
+        return seed % 2**63
 
     def _agree(self, due: bool) -> bool:
         """Whether it is due for any worker."""
@@ -140,7 +145,9 @@ class Run:
         return total
 
     def _cut(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tensor.tensor_split(min(self.parts, max(1, len(tensor))))
+        """Into as many parts as all workers' shares can be cut into: each waits for the others in every part."""
+        least = self._train.examples // len(self._train) // self._train.world
+        return tensor.tensor_split(min(self.parts, max(1, least)))
 
     def _set_learning_rate(self, factor: float) -> None:
         for group in self._optimizer.param_groups:
@@ -176,6 +183,19 @@ class Run:
             self._average.load_state_dict(state["average"])
 
 
+def outputs(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What `module`, in evaluation, makes of a batch; in halves where the GPU's memory is too small for it."""
+    try:
+        made: torch.Tensor = module(inputs)
+        return made
+    except torch.OutOfMemoryError:
+        if len(inputs) == 1:
+            raise
+    if inputs.is_cuda:
+        torch.cuda.empty_cache()
+    return torch.cat([outputs(module, half) for half in inputs.tensor_split(2)])
+
+
 def prepare(device: torch.device, config: FitConfig) -> None:
     """Set this process up for training on `device`."""
     if device.type == "cpu":
@@ -185,10 +205,6 @@ def prepare(device: torch.device, config: FitConfig) -> None:
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.set_float32_matmul_precision("high")
-
-
-def _step_seed(seed: int, number: int, step: int) -> int:
-    return (epoch_seed(seed, number) * 1_000_003 + step) % 2**63
 
 
 def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:

@@ -85,6 +85,10 @@ class Storage(ABC):
     def exists(self, key: str) -> bool:
         """Whether there is an object at `key`."""
 
+    def sweep(self, prefix: str) -> None:  # noqa: B027
+        """Remove what a killed `write` has left below `prefix`, a folder where nobody writes any more: in a bucket
+        nothing, as objects appear there when they are complete."""
+
     def creates_once(self, probe: str) -> bool:
         """Whether `create` is atomic here, found by trying it twice on the key `probe`, which stays."""
         self.create(probe, b"")
@@ -182,6 +186,12 @@ class LocalStorage(Storage):
 
     def exists(self, key: str) -> bool:
         return os.path.isfile(self.uri_of(key))
+
+    def sweep(self, prefix: str) -> None:
+        with suppress(NotFoundError), _errors(self.uri_of(prefix)):
+            for name in os.listdir(self.uri_of(prefix)):
+                if _TEMPORARY.match(name):
+                    Path(self.uri_of(prefix), name).unlink(missing_ok=True)
 
     @contextmanager
     def _complete_file(self, key: str, data: bytes) -> Iterator[str]:

@@ -224,7 +224,7 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     return storage
 
 
-FREE = ("config", "workers", "gpu", "checkpoint_minutes", "cpus_per_trial", "gpus_per_trial", "report", "dry_run")
+FREE = ("config", "workers", "gpu", "checkpoint_minutes", "report", "dry_run")
 """Options that do not decide what comes out, so a job may be resumed with others."""
 FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
 """Those of one job alone."""
@@ -294,8 +294,13 @@ def _deaths_told() -> Iterator[None]:
     except _DEATHS as error:
         if find_ours(error) or getattr(error, "actor_init_failed", False):
             raise
-        reason = f"its workers died again and again ({type(error).__name__}); the same command goes on from here"
-        raise TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short") from error
+        raise workers_died(error) from error
+
+
+def workers_died(error: Exception) -> TryAgainError:
+    """What to raise when they did too often."""
+    reason = f"its workers died again and again ({type(error).__name__}); the same command goes on from here"
+    return TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short")
 
 
 def _mapped(dataset: ray.data.Dataset, work: Callable[..., pa.Table] | type[Any], **options: Any) -> ray.data.Dataset:

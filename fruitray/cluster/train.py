@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 
 from fruitray import status
 from fruitray.augment import VARIANTS
-from fruitray.backbones import layer_summary
+from fruitray.backbones import freeze, layer_summary, rebuilt
 from fruitray.batch_norm import Synchronised
 from fruitray.checkpoints import (
     Keeper,
@@ -27,8 +27,8 @@ from fruitray.checkpoints import (
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import cpus_per_gpu, require_room
 from fruitray.cluster.preflight import decoded_size, preflight
-from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours
-from fruitray.config import FitConfig, TrainConfig
+from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, workers_died
+from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
 from fruitray.errors import find, find_ours
 from fruitray.final import best_row, history_row, show_final, write_final
@@ -59,6 +59,8 @@ def run(config: TrainConfig) -> str:
         status.mend(out)
     else:
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
+        if config.model.frozen:
+            freeze(initial.model)
         claim(out, "train", config, index.sha256)
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
@@ -67,6 +69,7 @@ def run(config: TrainConfig) -> str:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
             _train(config, out, initial.uri, lines)
+    load_package(out.uri)  # which is verified: only then the checkpoints may go
     delete_checkpoints(out)
     model_id = show_final(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
@@ -88,7 +91,11 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
             if config.workers > 1 and find(error, torch.OutOfMemoryError):
                 parts *= 2
                 say(f"train: too little memory; computing each step in {parts} parts")
-            elif find_ours(error) or next(committed_checkpoints(out), None) == before:
+            elif find_ours(error):
+                raise
+            elif next(committed_checkpoints(out), None) == before:
+                if find(error, ray.exceptions.RayActorError):
+                    raise workers_died(error) from error
                 raise
             else:
                 say("train: workers were lost again and again, but it gets on")
@@ -128,11 +135,12 @@ def _work(job: dict[str, Any]) -> None:
     rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
     tell(_teller(job["lines"]))
     index, initial = read_index(config["index"]), load_package(job["initial"])
+    model = rebuilt(initial.model, ModelConfig(**config["model"]), len(index.classes))
     fit_config = FitConfig(**config["fit"] | {"accumulate": job["parts"]})
     recipe = make_recipe(
         config["index"],
         index,
-        initial.model,
+        model,
         fit_config,
         frozen=config["model"]["frozen"],
         rank=rank,

@@ -5,12 +5,13 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from ray import tune
 
-from fruitray.backbones import parameter_counts, pick_device, skeleton, trained_part
+from fruitray.backbones import parameter_counts, pick_device, rebuilt, trained_part
 from fruitray.checkpoints import Pace
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
@@ -56,9 +57,10 @@ def _read_checkpoint() -> dict[str, Any] | None:
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return None
-    with checkpoint.as_directory() as folder:
+    with suppress(OSError), checkpoint.as_directory() as folder:  # gone, as its trial had ended or gone on: start again
         state: dict[str, Any] = torch.load(os.path.join(folder, CHECKPOINT), map_location="cpu", weights_only=True)
-    return state
+        return state
+    return None
 
 
 def train(
@@ -75,7 +77,7 @@ def train(
     parts = _held_out(pool, space["folds"], fit_config.seed)
     truth = [torch.tensor(pool.labels)[part] for part in parts]
     for fold in range(state["fold"], len(parts)):
-        model = _copy(initial, config, len(index.classes))
+        model = rebuilt(initial.model, config, len(index.classes))
         held_out = parts[fold] if space["folds"] else None
         recipe = make_recipe(
             space["index"], index, model, fit_config, frozen=config.frozen, validation=held_out, device=device
@@ -97,6 +99,7 @@ def train(
             speed = {"images_per_s": epoch.images_per_s, "peak_memory": _peak_memory(device)}
             yield {**facts, **measured, **known, "best_epoch": epoch.best_number, **speed}, state
         state = {**state, "fit": None}
+        del model, recipe, epoch  # before the next fold's photos or embeddings are there
 
 
 def _held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
@@ -105,12 +108,6 @@ def _held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
         return [torch.tensor(pool.validated)]
     numbers = torch.tensor(cross_validation(pool, folds, seed))
     return [numbers == fold for fold in range(folds)]
-
-
-def _copy(initial: Package, config: ModelConfig, classes: int) -> Any:
-    model = skeleton(config, classes, initial.model.preprocessing)
-    model.load_state_dict(initial.model.state_dict())
-    return model
 
 
 def _facts(model: Any, initial: Package) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.augment import VARIANTS
-from fruitray.backbones import layer_summary
+from fruitray.backbones import freeze, layer_summary
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import decoded_size, preflight
@@ -72,9 +72,12 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
     A backbone that cannot be had is said; its trials will fail, and the others go on.
     """
     compared = networks(config)
-    found: dict[str, Package] = {}
+    if config.search != "optuna":  # of which nobody knows what it will try
+        tried = [Network(trial.model.backbone, trial.model.frozen) for trial in draw_trials(config)]
+        compared = list(dict.fromkeys(tried))
+    found: dict[Network, Package] = {}
     errors = []
-    for network in {network.backbone: network for network in compared}.values():
+    for network in compared:
         model, fit = settings(config, network, Walk([]))
         try:
             package = initial_model(out, model, index.classes, fit.seed)
@@ -82,12 +85,13 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
             errors.append(error)
             say(f"tune: without {network}: {error}")
             continue
-        out.write(f"layers/{network.backbone}.txt", layer_summary(package.model).encode())
-        found[network.backbone] = package
+        if network.frozen:
+            freeze(package.model)
+        out.write(f"layers/{network}.txt", layer_summary(package.model).encode())
+        found[network] = package
     if not found:
         raise errors[0]
-    frozen = {network.backbone for network in compared if network.frozen}
-    return {backbone: package for backbone, package in found.items() if backbone in frozen}
+    return {network.backbone: package for network, package in found.items() if network.frozen}
 
 
 def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
@@ -97,9 +101,9 @@ def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
     if config.search != "optuna":
         space["trial"] = tune.grid_search([plain(n, trial) for n, trial in enumerate(draw_trials(config))])
     trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
-    path = f"{out.uri}/_ray/tune"
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=True, param_space=space)
+    path, again = f"{out.uri}/_ray/tune", config.search != "optuna"  # which knows no trial that is run again
+    if tune.Tuner.can_restore(path) and any("/experiment_state" in entry.key for entry in out.list("_ray/tune/")):
+        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=again, param_space=space)
     else:
         tuner = tune.Tuner(
             trainable,

@@ -79,6 +79,16 @@ def no_leftovers(folder: Path) -> bool:
 # ---- Alike
 
 
+def test_a_large_object_is_sent_in_parts_and_read_whole(aws: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here 11 MiB are large; S3 takes no part below 5."""
+    monkeypatch.setattr("fruitray.s3.AT_ONCE", 6 << 20)
+    monkeypatch.setattr("fruitray.s3.PART", 5 << 20)
+    place, data = open_storage(f"s3://{aws}/ro ot"), os.urandom(11 << 20)
+    place.write("a/b.bin", data)
+    assert place.read("a/b.bin") == data
+    assert place.stat("a/b.bin").etag.endswith("-3"), "in three parts"
+
+
 @pytest.mark.parametrize("data", [b"", b"x", os.urandom(3_000_000)], ids=["empty", "a byte", "3 MB"])
 def test_what_is_written_is_read(place: Storage, data: bytes) -> None:
     place.write("a/b.bin", data)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.errors import TrialsFailedError
 from fruitray.index import read_index
 from fruitray.storage import open_storage
 from tests.cluster import Cluster, end_of, wait_for
@@ -62,7 +63,8 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(cluster: Cluster, plac
         "mobilenet_v2": "last two layers",
     }
     layers = open_storage(f"{place}/tune/layers")
-    assert sorted(entry.key for entry in layers.list()) == ["cnn.txt", "mobilenet_v2.txt"]
+    assert sorted(entry.key for entry in layers.list()) == ["cnn.txt", "mobilenet_v2 frozen.txt"]
+    assert f"Trainable params: {rows[4]['trained_parameters']:,}" in layers.read("mobilenet_v2 frozen.txt").decode()
     assert f"{rows[0]['parameters']:,}" in layers.read("cnn.txt").decode()
     assert len({row["initial_state_hash"] for row in rows[:1] + rows[4:5]}) == 2
     assert all(row["peak_memory"] > 0 and row["images_per_s"] > 0 and row["seconds"] > 0 for row in rows[::4])
@@ -127,6 +129,15 @@ def test_optuna_searches_a_space_that_depends_on_the_network(cluster: Cluster, p
         assert suited / 3.01 <= row["learning_rate"] <= suited * 3.01
     starts = {(row["backbone"], row["frozen"], row["initial_state_hash"]) for row in rows}
     assert sorted(start[:2] for start in starts) == [("cnn", False), ("mobilenet_v2", True)], "each starts alike"
+
+
+def test_an_optuna_search_with_failures_can_be_asked_again(cluster: Cluster, place: str) -> None:
+    pytest.importorskip("optuna", reason="the extra is not installed")
+    command = _tune(place, "--search", "optuna", "--trials", "2", "--backbones", "cnn", "--epochs", "1", *SMALL)
+    for _ in range(2):
+        code, printed = cluster.run(*command, "--learning-rate", "1e30")
+        assert (code, "Traceback" in printed) == (TrialsFailedError.exit_code, False), printed
+        assert ["the loss became" in row["error"] for row in _rows(place)] == [True, True]
 
 
 def test_the_reports_preset_ends_in_its_tables(cluster: Cluster, place: str) -> None:

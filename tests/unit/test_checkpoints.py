@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fruitray.checkpoints import KEPT, delete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from fruitray.errors import TryAgainError
 from fruitray.storage import LocalStorage
 
 
@@ -69,6 +70,37 @@ def test_a_damaged_one_is_never_loaded(out: LocalStorage, kind: str, damage: Cal
     assert [name in line and "the one before it" in line for line in found[1]] == [True] * (not missing)
 
 
+def test_damaged_ones_do_not_stand_in_the_way_of_new_ones(out: LocalStorage) -> None:
+    for number in (8, 9):
+        Path(out.uri_of(f"{save_checkpoint(out, state(number))}.pt")).write_bytes(b"PK")
+    found, told = newest(out)
+    assert found is None
+    assert ["there is none before it" in line for line in told] == [False, True]
+    save_checkpoint(out, state(1))
+    assert place(newest(out)) == (1, 0)
+
+
+def test_what_cannot_be_had_just_now_is_no_damage(out: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> bytes:
+        raise TryAgainError("there", "busy")
+
+    save_checkpoint(out, state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "read", busy)
+        with pytest.raises(TryAgainError, match="busy"):
+            newest(out)
+    assert place(newest(out)) == (1, 0)
+
+
+def test_one_that_is_damaged_after_it_was_chosen_is_not_loaded(out: LocalStorage) -> None:
+    name = save_checkpoint(out, state(1))
+    assert newest_checkpoint(out, print) == name
+    file = Path(out.uri_of(f"{name}.pt"))
+    file.write_bytes(flip(file.read_bytes()))
+    with pytest.raises(TryAgainError, match="SHA-256"):
+        load_checkpoint(out, name)
+
+
 def test_without_any_whole_one_there_is_none(out: LocalStorage) -> None:
     name = save_checkpoint(out, state(1))
     Path(out.uri_of(f"{name}.pt")).write_bytes(b"PK")
@@ -82,8 +114,9 @@ def test_old_ones_and_leftovers_of_broken_uploads_go(out: LocalStorage) -> None:
     left = sorted(entry.key for entry in out.list())
     assert len(left) == 2 * KEPT
     assert {key.partition("-")[0] for key in left} == {"checkpoints/000006", "checkpoints/000007"}
+    Path(out.uri_of(f"checkpoints/.{'0' * 32}.fruitray-tmp")).write_bytes(b"half")  # as kill -9 leaves it
     delete_checkpoints(out)
-    assert not list(out.list())
+    assert not list(Path(out.uri).rglob("*.*"))
 
 
 def test_an_upload_cut_off_leaves_the_one_before(out: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:

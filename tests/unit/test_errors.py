@@ -91,3 +91,19 @@ def test_an_error_in_the_making_of_a_ray_actor_is_found() -> None:
     ours = errors.TryAgainError(URI, "answers 503")
     died = exceptions.ActorDiedError.from_task_error(exceptions.RayTaskError("__init__", "Traceback", ours))
     assert str(errors.find_ours(died)) == str(ours)
+
+
+def test_each_workers_failure_is_looked_into() -> None:
+    failures = pytest.importorskip("ray.train", reason="Ray is not installed").WorkerGroupError(
+        "lost", {0: ConnectionError("the other one is gone"), 1: errors.TryAgainError(URI, "answers 503")}
+    )
+    assert isinstance(errors.find_ours(failures), errors.TryAgainError)
+    assert errors.find(failures, KeyError) is None
+
+
+def test_the_death_of_a_worker_is_found() -> None:
+    exceptions = pytest.importorskip("ray.exceptions", reason="Ray is not installed")
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    dead = WorkerHealthCheckFailedError("does not answer", exceptions.ActorDiedError())
+    assert errors.find(dead, exceptions.RayActorError)

@@ -234,6 +234,33 @@ def test_a_resumed_run_remembers_how_much_memory_there_is() -> None:
     assert next(training(Narrow(16), resume=state)).parts == 4
 
 
+class Crowded(nn.Module):
+    """A network that has memory for three examples at once."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 3:
+            raise torch.OutOfMemoryError("too many")
+        return inputs @ torch.eye(2, 3)
+
+
+def test_out_of_memory_in_validation_takes_smaller_batches() -> None:
+    val = clouds(2)
+    _, predictions = evaluate(Crowded(), val, CPU)
+    assert predictions.tolist() == (val.inputs @ torch.eye(2, 3)).argmax(dim=1).tolist()
+
+
+def test_workers_drop_out_each_for_itself() -> None:
+    """Else every photo of a batch's one share would lose what its neighbour in the other loses."""
+    same = clouds(1, examples=2)
+    same = replace(same, inputs=torch.ones(2, 2), labels=torch.zeros(2, dtype=torch.int64), batch_size=2)
+    losses = set()
+    for rank in range(2):
+        module = nn.Sequential(network()[0], nn.Dropout(0.5), network()[4])
+        share = replace(same, rank=rank, world=2)
+        losses.add(next(training(module, train=share, val=same)).train_loss)
+    assert len(losses) == 2
+
+
 def test_out_of_memory_with_a_single_photo_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         list(training(Narrow(0)))

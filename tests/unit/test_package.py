@@ -210,6 +210,7 @@ def test_a_description_that_is_none_is_rejected(package: Path, text: str) -> Non
         {"preprocessing": {"size": -1}},
         {"preprocessing": {"size": 64, "mean": ["a", "b", "c"]}},
         {"preprocessing": {"size": 64, "std": [0, 0, 0]}},
+        {"preprocessing": {"size": 64, "mean": [float("nan"), 0.5, 0.5]}},
         {"files": None},
         {"files": {}},
         {"files": {"model.safetensors": None}},

@@ -115,6 +115,7 @@ def test_the_reports_preset_is_its_sweeps_and_its_comparison() -> None:
     assert {trial.fit.batch_size for trial in swept} == {8, 64, 256}
     assert {trial.fit.learning_rate for trial in swept} == {1e-5, 1e-4, 1e-3, 1e-2}
     assert {bool(trial.model.dropout) for trial in swept} == {True, False}
+    assert {trial.model.dropout for trial in trials if trial.axis == "network"} == {None}, "the backbone's own"
     compared = [(trial.model.backbone, trial.model.frozen) for trial in trials if trial.axis == "network"]
     assert compared[0] == ("mlp", False)
     assert sorted(compared[1:]) == sorted(
