@@ -27,6 +27,8 @@ QUICKER = {
 }
 """What a person's cluster has no need of: here a node's death is noticed sooner, and tests run side by side."""
 
+STARTED = "Ray runtime started"
+"""What `ray start` prints when the cluster knows the node."""
 DRAWING = ("prepare", "tune", "train", "score")
 """Jobs that draw a page at their end."""
 SMALL = ("--object-store-memory=500000000", "--include-log-monitor=False")
@@ -165,12 +167,14 @@ def ray_node(
     before = {process.pid for process in cluster.processes("/raylet/raylet")}
     command = [*inside, RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
     command += [f"--num-cpus={cpus}", f"--node-ip-address={host}", *SMALL]
+    log = cluster.folder / "log"
+    started = log.read_text().count(STARTED)
     with _daemon(command, cluster.environment, cluster.folder):
         deadline = time.monotonic() + PATIENCE_S
-        while not (there := [one for one in cluster.processes("/raylet/raylet") if one.pid not in before]):
-            assert time.monotonic() < deadline, (cluster.folder / "log").read_text()
+        while log.read_text().count(STARTED) == started:
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield there[0]
+        yield next(one for one in cluster.processes("/raylet/raylet") if one.pid not in before)
 
 
 class Nodes:

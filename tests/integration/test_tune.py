@@ -40,6 +40,12 @@ def _checkpoints(place: str) -> list[str]:
     return [entry.key for entry in open_storage(f"{place}/tune/_ray").list() if entry.key.endswith("checkpoint.pt")]
 
 
+def _state(place: str) -> list[str]:
+    """The versions of Tune's own state."""
+    found = open_storage(f"{place}/tune/_ray").list("tune/experiment_state")
+    return sorted(f"{entry.key} {entry.etag}" for entry in found)
+
+
 def test_a_trial_that_fails_says_why_and_the_others_go_on(cluster: Cluster, place: str, weights: Path) -> None:
     """One network diverges, one has no weights, one is fine."""
     space = ("--backbones", "cnn", "resnet50", "mobilenet_v2", "--weights", str(weights), "--search", "grid")
@@ -94,6 +100,9 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
     job = cluster.start(*command)
     wait_for(lambda: _checkpoints(place), job)
+    for _ in range(2):  # then Tune's own state, which is kept now and then, knows it
+        before = _state(place)
+        wait_for(lambda before=before: _state(place) != before, job)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
     code, printed = cluster.run(*command)
