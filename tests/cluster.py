@@ -135,7 +135,7 @@ def ray_head(
         command = [RAY, "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", *ports, *SMALL]
         command += [f"--node-ip-address={host}", f"--dashboard-host={HOST}", f"--dashboard-port={port}"]
         command += [f"--include-dashboard={dashboard}", f"--temp-dir={folder / 'ray'}"]
-        with _daemon(command, environment, folder) as head:
+        with _daemon(command, environment, folder / "log") as head:
             there = environment | {"RAY_ADDRESS": f"{host}:{gcs}"}
             cluster = Cluster(there, folder, f"http://{HOST}:{port}" if dashboard else "")
             _wait_until_ready(cluster, head)
@@ -167,11 +167,10 @@ def ray_node(
     before = {process.pid for process in cluster.processes("/raylet/raylet")}
     command = [*inside, RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
     command += [f"--num-cpus={cpus}", f"--node-ip-address={host}", *SMALL]
-    log = cluster.folder / "log"
-    started = log.read_text().count(STARTED)
-    with _daemon(command, cluster.environment, cluster.folder):
+    log = cluster.folder / f"log-{secrets.token_hex(2)}"
+    with _daemon(command, cluster.environment, log):
         deadline = time.monotonic() + PATIENCE_S
-        while log.read_text().count(STARTED) == started:
+        while STARTED not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield next(one for one in cluster.processes("/raylet/raylet") if one.pid not in before)
@@ -193,11 +192,11 @@ class Nodes:
 
 
 @contextmanager
-def _daemon(command: list[str], environment: Mapping[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _daemon(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is killed at the end, with all that it started."""
-    with (folder / "log").open("ab") as log:
+    with log.open("ab") as file:
         daemon = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         yield daemon
