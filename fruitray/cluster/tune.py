@@ -1,6 +1,7 @@
 """tune: trials of several backbones, scheduled by Ray Tune; every trial of a backbone starts from the same weights."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +33,10 @@ from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, ta
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
 
+# The whole stack of a trial that fails, whose reason is a line of ours.
+logging.getLogger("ray.tune.execution.tune_controller").addFilter(
+    lambda record: not record.getMessage().startswith("Trial task failed")
+)
 # Else Tune writes the driver's keys into every trial's runtime environment, which Ray shows and logs in clear.
 class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
