@@ -2,7 +2,7 @@
 
 python -m jobs.demo
 
-Two to six minutes on two cores, once it is installed.
+Less than six minutes on two slow cores, once it is installed.
 """
 
 import sys
