@@ -35,9 +35,8 @@ class Preprocessing:
         require(0 <= self.crop <= 1, "crop", self.crop, "must lie in [0, 1]")
         require(self.interpolation in ("bilinear", "bicubic"), "interpolation", self.interpolation, "unknown")
         for name, value in (("mean", self.mean), ("std", self.std)):
-            numbers = len(value) == 3 and all(isinstance(number, int | float) for number in value)
-            numbers = numbers and all(map(math.isfinite, value))
-            require(numbers, name, value, "must be three numbers")
+            finite = [isinstance(number, int | float) and math.isfinite(number) for number in value]
+            require(finite == [True] * 3, name, value, "must be three numbers")
         require(min(self.std) > 0, "std", self.std, "must be positive")
 
     @property

@@ -64,8 +64,7 @@ def run(config: PrepareConfig) -> str:
     if "refused" in found:
         raise UsageError(found["refused"])
     if config.show_augment:
-        answer_of(beside_driver(_draw_augmentation).remote(config))
-        sheet = out.uri_of("augment.png")
+        sheet = answer_of(beside_driver(_draw_augmentation).remote(config))
         say(f"what --augment {config.augment} makes of {config.show_augment} training photos: {sheet}")
     if config.probe:
         suspects.find_suspects(config)
@@ -140,11 +139,13 @@ def _finish(
     return found
 
 
-def _draw_augmentation(config: PrepareConfig) -> None:
-    from fruitray.sheet import write_sheet  # on use: prepare does without torch otherwise
+def _draw_augmentation(config: PrepareConfig) -> str:
+    """The URI of the sheet."""
+    from fruitray.sheet import FILE, write_sheet  # on use: prepare does without torch otherwise
 
     out, count = open_output(config.out), config.show_augment
     write_sheet(out, read_index(config.out), config.augment, config.seed, photos=count, side=SHEET_SIDE)
+    return out.uri_of(FILE)
 
 
 def _show(found: dict[str, Any]) -> None:

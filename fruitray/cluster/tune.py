@@ -14,7 +14,7 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.augment import VARIANTS
-from fruitray.backbones import freeze, layer_summary
+from fruitray.backbones import freeze, layer_summary, unfreeze
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import decoded_size, preflight
@@ -78,25 +78,24 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
     """
     compared = networks(config)
     if config.search != "optuna":  # of which nobody knows what it will try
-        tried = [Network(trial.model.backbone, trial.model.frozen) for trial in draw_trials(config)]
-        compared = list(dict.fromkeys(tried))
-    found: dict[Network, Package] = {}
+        compared = [Network(trial.model.backbone, trial.model.frozen) for trial in draw_trials(config)]
+    found: dict[str, Package] = {}
     errors = []
-    for network in compared:
-        model, fit = settings(config, network, Walk([]))
+    for network in {network.backbone: network for network in compared}.values():
+        start, fit = settings(config, network, Walk([]))
         try:
-            package = initial_model(out, model, index.classes, fit.seed)
+            found[network.backbone] = initial_model(out, start, index.classes, fit.seed)
         except FruitrayError as error:
             errors.append(error)
             say(f"tune: without {network}: {error}")
-            continue
-        if network.frozen:
-            freeze(package.model)
-        out.write(f"layers/{network}.txt", layer_summary(package.model).encode())
-        found[network] = package
     if not found:
         raise errors[0]
-    return {network.backbone: package for network, package in found.items() if network.frozen}
+    had = [network for network in dict.fromkeys(compared) if network.backbone in found]
+    for network in had:
+        model = found[network.backbone].model
+        (freeze if network.frozen else unfreeze)(model)
+        out.write(f"layers/{network}.txt", layer_summary(model).encode())
+    return {network.backbone: found[network.backbone] for network in had if network.frozen}
 
 
 def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
