@@ -87,7 +87,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str
     assert code == 0, printed
     [reports] = _reports(place)
     epochs = [report["epochs"] for report in reports]
-    restart = next(place for place, (a, b) in enumerate(itertools.pairwise(epochs)) if b != a + 1)
+    restart = next(place for place, (a, b) in enumerate(itertools.pairwise(reports)) if a["pid"] != b["pid"])
     assert restart >= len(before) - 1
     assert 1 < epochs[restart + 1] <= epochs[restart] + 1, "it must go on from a checkpoint, not from the start"
     assert epochs[-1] == 250
