@@ -17,7 +17,7 @@ import torch
 
 from fruitray.backbones import build
 from fruitray.cli import run_job
-from fruitray.cluster.runtime import own_cluster
+from fruitray.cluster.connection import own_cluster
 from fruitray.cluster.score import show_rows
 from fruitray.commit import read_manifest
 from fruitray.config import DemoConfig, ModelConfig

@@ -14,7 +14,7 @@ import torch
 from botocore.exceptions import BotoCoreError
 
 from fruitray.backbones import fast_in_bfloat16
-from fruitray.cluster.runtime import left_behind, require_answer
+from fruitray.cluster.connection import left_behind, require_answer
 from fruitray.config import DoctorConfig
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError

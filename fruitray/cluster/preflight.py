@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import ray
 
+from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import require_room, say_who_waits
-from fruitray.cluster.runtime import connect, on_node
+from fruitray.cluster.runtime import on_node
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError, TryAgainError, UsageError
 from fruitray.index import Index

@@ -16,13 +16,13 @@ from ray import ObjectRef
 
 from fruitray import status
 from fruitray.audit import LINES, audit, summary
+from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import preflight
 from fruitray.cluster.runtime import (
     answer_of,
     beside_driver,
     claim,
-    connect,
     open_input,
     open_output,
     require_ours,

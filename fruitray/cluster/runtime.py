@@ -1,163 +1,30 @@
-"""What all jobs share: joining a cluster, opening places, claiming an output, streaming work over Ray Data."""
+"""What all jobs share: opening places, claiming an output, streaming work over Ray Data."""
 
 import json
-import logging
-import os
-import re
-import secrets
-import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import pyarrow as pa
 import ray
 import ray.data
 from ray import ObjectRef
-from ray._private.services import find_bootstrap_address
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fruitray import status
-from fruitray.cluster import token_path
-from fruitray.cluster.placement import GROWS
 from fruitray.config import to_json
 from fruitray.console import reached, say
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError, find_ours
 from fruitray.storage import LocalStorage, Storage, open_storage
 
 warnings.filterwarnings("ignore", "`ray_remote_args_fn`")  # Ray has no other way yet to bound a worker's retries
-logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
 ATTEMPTS = 10
 """How many workers may die over one task, or one table of a stream, before the job does."""
-OPEN = "FRUITRAY_OPEN_CLUSTER"
-"""Set where the network keeps strangers out of a cluster that asks for no token."""
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or `ray start` on this machine names, else start one on this machine.
-
-    Raises:
-        UsageError: it has several nodes, and asks for no token; or is to be led from afar, through Ray's client.
-        TryAgainError: nothing answers there.
-    """
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "")
-        require_answer(address)
-        if not address:
-            keep_token_private()
-        if not address and (left := left_behind()):
-            say(f"the Ray that was started here, at {left}, does not answer any more: this job starts one for itself")
-            address = "local"
-        ray.init(address or None, log_to_driver=False, logging_level="warning")
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        require_token(nodes, asks=asks_for_token(ray.get_runtime_context().gcs_address))
-    settings = ray.data.DataContext.get_current()
-    settings.enable_progress_bars = False
-    settings.raise_original_map_exception = True  # else an error of ours is lost inside one of Ray Data's
-    settings.op_resource_reservation_enabled = False  # our streams have one step; half the CPUs were kept for others
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error, it raises, too
-
-
-def require_answer(address: str) -> None:
-    """Raise where no job can be led at `address`: at once, where Ray itself would try for many minutes."""
-    if address.startswith("ray://"):
-        raise UsageError(
-            f"RAY_ADDRESS={address}: a job is led from a node of its cluster; hand it over by `ray job submit "
-            "--address http://HEAD:8265 --working-dir . -- python -m jobs.NAME ...`"
-        )
-    if error := _silent(address):
-        raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({error})") from error
-
-
-def left_behind() -> str:
-    """The address that the last `ray start` on this machine has left in a file, if nothing answers there: Ray itself
-    would try for many minutes."""
-    address = find_bootstrap_address(None) or ""
-    return address if _silent(address) else ""
-
-
-def _silent(address: str) -> OSError | None:
-    """Why nothing can be said to `address`, if that is HOST:PORT."""
-    there = re.fullmatch(r"([\w.-]+):(\d+)", address)
-    try:
-        if there:
-            socket.create_connection((there[1], int(there[2])), timeout=5).close()
-    except OSError as error:
-        return error
-    return None
-
-
-def keep_token_private() -> None:
-    """Make the token that Ray's own cluster on this machine asks for, where there is none, and let nobody else read it:
-    Ray would make it for all to read."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return
-    path = Path(token_path())
-    with suppress(OSError):  # of another, or no home: Ray says what it has to
-        if path.exists():
-            path.chmod(0o600)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-
-
-def asks_for_token(address: str) -> bool:
-    """Whether the head at `address` answers nobody who shows no token."""
-    if os.environ.get("RAY_USE_TLS") == "1":  # to ask would take a certificate, which strangers do not have either
-        return True
-    asked = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary(asked, request_serializer=bytes, response_deserializer=bytes)(b"", timeout=10)
-        except grpc.RpcError as error:
-            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
-    return False
-
-
-def require_token(nodes: int, *, asks: bool) -> None:
-    """Raise `UsageError` on a cluster that has several nodes, or grows, and asks for no token, unless `OPEN` says that
-    it may be so."""
-    alone = nodes < 2 and not os.environ.get(GROWS)
-    if alone or asks or os.environ.get(OPEN):
-        return
-    raise UsageError(
-        f"this cluster of {nodes} nodes asks for no token, so whoever reaches it runs code on it: set "
-        f"RAY_AUTH_MODE=token on every node (infra/README.md), or {OPEN}=1 where its network keeps strangers out"
-    )
-
-
-@contextmanager
-def own_cluster(folder: Path) -> Iterator[None]:
-    """A Ray of this process alone while the context lasts; its files and its token (mode 0600) lie below `folder`.
-
-    `folder` must have a short path: Ray's sockets lie in it.
-    """
-    token = folder / "ray-token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # with the mode unset, Ray takes a token it finds
-        os.environ.pop(name, None)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    ray.init(
-        address="local",
-        _temp_dir=str(folder / "ray"),
-        object_store_memory=500_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="warning",
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

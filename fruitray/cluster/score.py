@@ -13,9 +13,10 @@ from ray import ObjectRef
 
 from fruitray import status
 from fruitray.cluster import planner
+from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import needs, worker_count
 from fruitray.cluster.preflight import preflight
-from fruitray.cluster.runtime import answer_of, beside_driver, connect, open_input, open_output
+from fruitray.cluster.runtime import answer_of, beside_driver, open_input, open_output
 from fruitray.cluster.scorer import STAGES, Work, score_shards
 from fruitray.commit import PLAN, Part, Plan, adopt_plan, is_finished, read_manifest, read_plan
 from fruitray.config import ScoreConfig, to_json

@@ -19,8 +19,9 @@ import ray.data
 import torch
 from ray import ObjectRef
 
+from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, worker_count
-from fruitray.cluster.runtime import connect, stream
+from fruitray.cluster.runtime import stream
 from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say

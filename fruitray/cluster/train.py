@@ -24,10 +24,11 @@ from fruitray.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
 )
+from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import cpus_per_gpu, require_room
 from fruitray.cluster.preflight import decoded_size, preflight
-from fruitray.cluster.runtime import claim, connect, lines_from_workers, open_output, require_ours, workers_died
+from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
 from fruitray.errors import find, find_ours

@@ -15,10 +15,11 @@ from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import freeze, layer_summary, unfreeze
+from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import decoded_size, preflight
-from fruitray.cluster.runtime import claim, connect, open_output, require_ours
+from fruitray.cluster.runtime import claim, open_output, require_ours
 from fruitray.cluster.trial import reason, run_trial
 from fruitray.config import TuneConfig
 from fruitray.console import LOG_INTERVAL_S, progress, reached, say

@@ -157,8 +157,8 @@ def test_who_has_no_token_is_refused(started: tuple[Path, dict[str, str]], tmp_p
 
 def test_to_join_a_cluster_a_job_needs_its_token_and_no_setting(started: tuple[Path, dict[str, str]]) -> None:
     _, environment = started
-    code = "from fruitray.cluster import runtime; import ray; runtime.connect(); "
-    code += "print('asks:', runtime.asks_for_token(ray.get_runtime_context().gcs_address))"
+    code = "from fruitray.cluster import connection; import ray; connection.connect(); "
+    code += "print('asks:', connection.asks_for_token(ray.get_runtime_context().gcs_address))"
     kept = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
     joined = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=PATIENCE_S)
     assert "asks: True" in joined.stdout, joined.stderr

@@ -1,61 +1,16 @@
 """What jobs ask of a cluster before they give it work."""
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
-from fruitray.cluster import runtime
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import OPEN, claim, keep_token_private, left_behind, require_answer, require_token
+from fruitray.cluster.runtime import claim
 from fruitray.config import TrainConfig
-from fruitray.errors import OutputConflictError, TryAgainError, UsageError
+from fruitray.errors import OutputConflictError, UsageError
 from fruitray.storage import LocalStorage
-
-
-def test_several_nodes_without_a_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (OPEN, GROWS):
-        monkeypatch.delenv(name, raising=False)
-    require_token(1, asks=False)
-    require_token(2, asks=True)
-    with pytest.raises(UsageError, match=f"RAY_AUTH_MODE=token.*{OPEN}=1"):
-        require_token(2, asks=False)
-    monkeypatch.setenv(GROWS, "1")
-    with pytest.raises(UsageError, match="asks for no token"):
-        require_token(1, asks=False)
-    monkeypatch.setenv(OPEN, "1")
-    require_token(2, asks=False)
-
-
-def test_a_cluster_that_ended_without_a_word_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(runtime, "find_bootstrap_address", lambda _: address)
-        assert left_behind() == ""
-    assert left_behind() == address
-    monkeypatch.setattr(runtime, "find_bootstrap_address", lambda _: None)
-    assert left_behind() == ""
-
-
-def test_a_token_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token := tmp_path / "ray" / "token"))
-    keep_token_private()
-    assert (token.stat().st_mode & 0o777, len(made := token.read_text())) == (0o600, 64)
-    token.chmod(0o644)
-    keep_token_private()
-    assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, made)
-
-
-@pytest.mark.parametrize(
-    ("address", "error", "said"),
-    [("ray://head:10001", UsageError, "ray job submit"), ("127.0.0.1:1", TryAgainError, "nothing answers")],
-)
-def test_a_cluster_that_cannot_be_led_is_told_at_once(address: str, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
-        require_answer(address)
 
 
 @pytest.fixture
