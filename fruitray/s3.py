@@ -208,7 +208,8 @@ def _errors(uri: str) -> Iterator[None]:
     except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
         raise StorageError(uri, _one_line(error)) from error
     except ValueError as error:  # botocore's word for an endpoint URL that is none
-        raise EndpointError(uri, _one_line(error)) from error
+        hint = "AWS_ENDPOINT_URL must be a URL such as http://127.0.0.1:8333"
+        raise EndpointError(uri, f"{_one_line(error)}; {hint}") from error
 
 
 @contextmanager

@@ -234,8 +234,10 @@ _LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.E
 def _errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise NotFoundError(path, "there is no such file or folder") from error
+    except NotADirectoryError as error:
+        raise NotFoundError(path, "a file is there, where a folder is needed") from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -175,6 +175,7 @@ def test_train_starts_from_what_suits_or_from_a_recipe(options: str, expected: d
             "--val-fraction 1.5: must lie between",
         ),
         (("prepare", "--images", "{tmp}/absent", "--out", "{tmp}/out"), 6, "no such file or folder"),
+        (("prepare", "--images", __file__, "--out", "{tmp}/out"), 6, "a file is there, where a folder is needed"),
         (("prepare", "--images", "{tmp}", "--out", "{tmp}/out"), 2, "must not lie inside"),
         (("prepare", "--images", "ftp://host/x", "--out", "{tmp}/out"), 2, "s3://bucket/prefix"),
         (("train", "--index", "{tmp}", "--out", "{tmp}/m", "--config", "{tmp}/absent.json"), 6, "absent.json"),
