@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+from ray.exceptions import RayActorError, RayError
 from ray.util.queue import Queue
 
 from fruitray import status
@@ -31,7 +31,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import find, find_ours
+from fruitray.errors import FruitrayError, TryAgainError, find
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
@@ -79,27 +79,30 @@ def run(config: TrainConfig) -> str:
 def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> None:
     """Run the workers until the package stands, for as long as they get on between one failure and the next.
 
-    Where several work, none can compute a step again by itself, so here they are told to do with less memory.
+    What would fail again is not tried again, as Ray Train does it. Where several work, none can compute a step again by
+    itself, so here they are told to do with less memory.
     """
     job = {"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines}
-    parts = config.fit.accumulate
+    parts, failures = config.fit.accumulate, 0
     while True:
         before = next(committed_checkpoints(out), None)
         try:
             _trainer(config, job | {"parts": parts}).fit()
             return
         except ray.train.WorkerGroupError as error:
-            if config.workers > 1 and find(error, torch.OutOfMemoryError):
+            full, ours, died = (find(error, kind) for kind in (torch.OutOfMemoryError, FruitrayError, RayActorError))
+            if full and config.workers > 1:
                 parts *= 2
                 say(f"train: too little memory; computing each step in {parts} parts")
-            elif find_ours(error):
+                continue
+            if full or (ours and not isinstance(ours, TryAgainError)):
                 raise
-            elif next(committed_checkpoints(out), None) == before:
-                if find(error, ray.exceptions.RayActorError):
-                    raise workers_died(error) from error
+            failures = 1 if next(committed_checkpoints(out), None) != before else failures + 1
+            if failures > FAILURES and died and not ours:
+                raise workers_died(error) from error
+            if failures > FAILURES:
                 raise
-            else:
-                say("train: workers were lost again and again, but it gets on")
+            say(f"train: {ours or ('a worker died' if died else 'a worker failed')}; starting again")
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchTrainer:
@@ -114,7 +117,6 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchT
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
             storage_path=f"{job['out']}/_ray",
-            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
         ),
     )
 
@@ -208,7 +210,7 @@ def _teller(lines: Queue) -> Callable[[str | int], None]:
     """Hands on to the driver's console."""
 
     def hear(told: str | int) -> None:
-        with suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to stop
+        with suppress(RayError):  # nobody listens any more: no reason to stop
             lines.put(told)
 
     return hear

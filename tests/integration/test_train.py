@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +16,12 @@ import pytest
 import ray.train
 import torch
 import torchvision
+from ray.exceptions import ActorDiedError
 
+from fruitray.checkpoints import save_checkpoint
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
+from fruitray.errors import DivergedError, TryAgainError
 from fruitray.package import load_package
 from fruitray.storage import LocalStorage, open_storage
 from tests.cluster import Cluster, end_of
@@ -108,10 +113,10 @@ def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str)
     assert "number 0" not in printed, "a finished trial is not run again"
 
 
-def test_several_workers_out_of_memory_begin_again_with_smaller_parts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """There is no GPU to fill, so what is tried here is the driver: its workers end as Ray says they would."""
+def _train_with(
+    monkeypatch: pytest.MonkeyPatch, out: LocalStorage, config: TrainConfig, failures: Iterator[Exception | None]
+) -> list[int]:
+    """With workers that do nothing but fail so, one after the other; answers in how many parts each computed a step."""
     tried: list[int] = []
 
     class Workers:
@@ -119,15 +124,40 @@ def test_several_workers_out_of_memory_begin_again_with_smaller_parts(
             tried.append(job["parts"])
 
         def fit(self) -> None:
-            if tried[-1] < 8:
-                raise ray.train.WorkerGroupError("lost", {0: torch.OutOfMemoryError("CUDA out of memory")})
+            if failure := next(failures, None):
+                raise ray.train.WorkerGroupError("lost", {0: failure})
 
     monkeypatch.setattr(train, "_trainer", Workers)
+    with suppress(ray.train.WorkerGroupError, TryAgainError):
+        train._train(config, out, "initial", cast(Any, None))
+    return tried
+
+
+def test_several_workers_out_of_memory_begin_again_with_smaller_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There is no GPU to fill, so what is tried here is the driver: its workers end as Ray says they would."""
+    full, out = torch.OutOfMemoryError("CUDA out of memory"), LocalStorage(str(tmp_path))
     config = TrainConfig(index="i", out=str(tmp_path), workers=2, fit=FitConfig(accumulate=2))
-    train._train(config, LocalStorage(str(tmp_path)), "initial", cast(Any, None))
-    assert tried == [2, 4, 8]
-    with pytest.raises(ray.train.WorkerGroupError):
-        train._train(replace(config, workers=1), LocalStorage(str(tmp_path)), "initial", cast(Any, None))
+    assert _train_with(monkeypatch, out, config, iter([full, full, None])) == [2, 4, 8]
+    assert _train_with(monkeypatch, out, replace(config, workers=1), iter([full, None])) == [2]
+
+
+def test_what_would_fail_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config, out = TrainConfig(index="i", out=str(tmp_path)), LocalStorage(str(tmp_path))
+
+    def tried(failure: Exception, *, gets_on: bool = False) -> int:
+        def failures() -> Iterator[Exception]:
+            for number in range(2 * train.FAILURES):
+                yield failure
+                if gets_on:
+                    save_checkpoint(out, {"number": number, "step": 0})
+
+        return len(_train_with(monkeypatch, out, config, failures()))
+
+    assert tried(DivergedError(1, float("nan"))) == 1
+    assert tried(ActorDiedError()) == tried(TryAgainError("s3://fruit", "busy")) == 1 + train.FAILURES
+    assert tried(ActorDiedError(), gets_on=True) == 1 + 2 * train.FAILURES
 
 
 def test_missing_weights_end_in_one_sentence_with_the_three_choices(cluster: Cluster, place: str) -> None:
