@@ -87,6 +87,14 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
+def near(inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`inputs` in the memory of the GPU that `device` is, if they take at most an eighth of what is free there (the
+    rest is for the network, and for others who share it); else where they are."""
+    if device.type == "cuda" and 8 * inputs.nbytes <= torch.cuda.mem_get_info(device)[0]:
+        return inputs.to(device)
+    return inputs
+
+
 class Batch(NamedTuple):
     """One worker's share of a global batch."""
 
@@ -122,7 +130,7 @@ class Batches:
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
-    """Where the batches are to be, and photos are augmented."""
+    """Where the batches are to be, and photos are augmented; `inputs` may be there already, see `near`."""
 
     def __len__(self) -> int:
         return -(-self.examples // self.batch_size)
@@ -153,7 +161,8 @@ class Batches:
     def _shown(self, examples: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `examples`, augmented, and their labels."""
         rows, known = self._photos(examples)
-        inputs, labels = self.inputs[rows].to(self.device), self.labels[rows].to(self.device)
+        inputs = self.inputs[rows.to(self.inputs.device)].to(self.device)
+        labels = self.labels[rows].to(self.device)
         if self.policy != "none" or self.size:
             inputs = augment(inputs, self.policy, self.seed, number, known, self.size)
         return inputs, labels

@@ -7,7 +7,7 @@ from torch import nn
 
 from fruitray.augment import VARIANTS
 from fruitray.backbones import Classifier, freeze
-from fruitray.batches import CPU, Batches, decoded_photos
+from fruitray.batches import CPU, Batches, decoded_photos, near
 from fruitray.config import FitConfig, require
 from fruitray.features import features_key, read_features
 from fruitray.index import Index
@@ -63,12 +63,14 @@ def make_recipe(
     module: nn.Module = model
     if frozen and cached and policy in VARIANTS:
         module = model.head
-        train_inputs, val_inputs = _embeddings(index_uri, index, model, policy, in_val, validation)
+        embeddings = _embeddings(index_uri, index, model, policy, in_val, validation)
+        train_inputs, val_inputs = (near(part, device) for part in embeddings)
         train_labels, val_labels = labels[train_rows].repeat_interleave(len(VARIANTS[policy])), labels[val_rows]
         train_rows, val_rows = torch.arange(len(train_inputs)), torch.arange(len(val_inputs))
         policy = "none"
     else:
-        train_inputs = val_inputs = decoded_photos(open_storage(index.images), pool.entries, model.preprocessing)
+        photos = decoded_photos(open_storage(index.images), pool.entries, model.preprocessing)
+        train_inputs = val_inputs = near(photos, device)
         train_labels = val_labels = labels
     train = Batches(
         inputs=train_inputs,

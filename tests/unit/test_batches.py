@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fruitray.batches import Batches, decoded_photos
+from fruitray.batches import Batches, decoded_photos, near
 from fruitray.errors import OutputConflictError
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, LocalStorage
@@ -284,6 +284,25 @@ def test_a_batch_is_on_its_device(policy: str) -> None:
     for inputs, labels, *_ in photo_batches(policy, device=device).epoch(1):
         assert inputs.device.type == labels.device.type == device.type
         assert inputs.dtype == torch.uint8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["none", "mirror+mixup", "eightfold"])
+def test_photos_that_are_kept_on_the_gpu_make_the_same_batches(policy: str) -> None:
+    gpu = torch.device("cuda")
+    usual, kept = photo_batches(policy, device=gpu), photo_batches(policy, device=gpu)
+    kept = replace(kept, inputs=near(usual.inputs, gpu))
+    assert kept.inputs.is_cuda
+    for one, other in zip(usual.epoch(1), kept.epoch(1), strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_photos_that_take_too_much_of_the_gpu_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 * photos.nbytes - 1, 80 << 30))
+    assert near(photos, torch.device("cuda")) is photos
+    assert near(photos, torch.device("cpu")) is photos
 
 
 def test_decoded_photos_are_the_resized_photos_in_order(photos: CountingStorage) -> None:
