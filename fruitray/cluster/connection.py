@@ -22,6 +22,8 @@ from fruitray.errors import TryAgainError, UsageError
 
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
+HERE = ("", "local")
+"""What RAY_ADDRESS says where a job may start a Ray of its own."""
 HOST_PORT = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d+)")
 OPEN = "FRUITRAY_OPEN_CLUSTER"
 """Set where the network keeps strangers out of a cluster that asks for no token."""
@@ -38,7 +40,7 @@ def connect() -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "")
         require_answer(address)
-        if not address:
+        if address in HERE:
             keep_token_private()
         if not address and (left := left_behind()):
             say(f"the Ray that was started here, at {left}, does not answer any more: this job starts one for itself")
@@ -58,7 +60,7 @@ def _join(address: str, **options: Any) -> None:
     try:
         ray.init(address or None, log_to_driver=False, logging_level="warning", **options)
     except Exception as error:  # Ray has none of its own for it
-        what = f"joined at RAY_ADDRESS={address}" if address not in ("", "local") else "started on this machine"
+        what = f"joined at RAY_ADDRESS={address}" if address not in HERE else "started on this machine"
         raise TryAgainError("the cluster", f"it could not be {what}: {' '.join(str(error).split())}") from error
 
 
@@ -80,7 +82,7 @@ def require_answer(address: str) -> None:
             address = canonicalize_bootstrap_address_or_die(address)
         except ConnectionError as error:  # none, or several
             raise TryAgainError("the cluster", f"RAY_ADDRESS=auto: {error}") from error
-    if address not in ("", "local") and not HOST_PORT.fullmatch(address):
+    if address not in HERE and not HOST_PORT.fullmatch(address):
         raise UsageError(f"RAY_ADDRESS={address}: it must be HOST:PORT of a cluster's head, auto, local, or empty")
     if silence := _silent(address):
         raise TryAgainError("the cluster", f"nothing answers at RAY_ADDRESS={address} ({silence})") from silence

@@ -102,7 +102,9 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
                 raise workers_died(error) from error
             if failures > FAILURES:
                 raise
-            say(f"train: {ours or ('a worker died' if died else 'a worker failed')}; starting again")
+            cause = find(error, Exception)
+            why = ours or ("a worker died" if died else f"{type(cause).__name__}: {' '.join(str(cause).split())}")
+            say(f"train: {why}; starting again")
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchTrainer:
