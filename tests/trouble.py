@@ -82,9 +82,9 @@ def trouble_before(endpoint: str, trouble: Trouble, host: str = HOST) -> Iterato
             self.wfile.write(found[: len(found) // 2] if kind == "short" else found)
 
         def _kill(self) -> None:
-            port = self.client_address[1]
+            ends = self.client_address, self.connection.getsockname()  # another may use the same port to talk elsewhere
             for connection in psutil.net_connections("tcp"):
-                if connection.laddr.port == port and connection.pid not in (None, os.getpid()):
+                if (connection.laddr, connection.raddr) == ends and connection.pid not in (None, os.getpid()):
                     os.kill(connection.pid, signal.SIGKILL)
 
         def log_message(self, *_: object) -> None: ...
