@@ -24,8 +24,12 @@ QUICKER = {
     "RAY_worker_niceness": "0",  # else a test's workers wait for another test's driver
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "4",
+    "RAY_agent_register_timeout_ms": "600000",  # else a node whose agents take 30 s to start, beside others, ends
 }
 """What a person's cluster has no need of: here a node's death is noticed sooner, and tests run side by side."""
+PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+PORTS += ("node-manager", "object-manager")
+"""Of a node, which ends where it does not hear within 15 s of its agents', if not given (ray-project/ray#65983)."""
 
 STARTED = "Ray runtime started"
 """What `ray start` prints when the cluster knows the node."""
@@ -127,12 +131,9 @@ def ray_head(
     """A head node at this machine's address `host`, whose workers find `storage`."""
     with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as name:
         folder = Path(name)  # Ray's sockets need a short path, pytest's folders have long ones
-        gcs, port, *agents = free_ports(10)
+        gcs, port, *ports = free_ports(2 + len(PORTS))
         environment = _environment(folder, storage)
-        names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
-        names += ("node-manager", "object-manager")
-        ports = [f"--{name}-port={port}" for name, port in zip(names, agents, strict=False)]
-        command = [RAY, "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", *ports, *SMALL]
+        command = [RAY, "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", *_given(ports), *SMALL]
         command += [f"--node-ip-address={host}", f"--dashboard-host={HOST}", f"--dashboard-port={port}"]
         command += [f"--include-dashboard={dashboard}", f"--temp-dir={folder / 'ray'}"]
         with _daemon(command, environment, folder / "log") as head:
@@ -140,6 +141,10 @@ def ray_head(
             cluster = Cluster(there, folder, f"http://{HOST}:{port}" if dashboard else "")
             _wait_until_ready(cluster, head)
             yield cluster
+
+
+def _given(ports: Sequence[int]) -> list[str]:
+    return [f"--{name}-port={port}" for name, port in zip(PORTS, ports, strict=True)]
 
 
 def _environment(folder: Path, storage: Mapping[str, str]) -> dict[str, str]:
@@ -166,12 +171,12 @@ def ray_node(
     """Another node of `cluster`, at the address `host`, started by way of the command `inside`; yields its raylet."""
     before = {process.pid for process in cluster.processes("/raylet/raylet")}
     command = [*inside, RAY, "start", "--block", f"--address={cluster.environment['RAY_ADDRESS']}"]
-    command += [f"--num-cpus={cpus}", f"--node-ip-address={host}", *SMALL]
+    command += [f"--num-cpus={cpus}", f"--node-ip-address={host}", *_given(free_ports(len(PORTS))), *SMALL]
     log = cluster.folder / f"log-{secrets.token_hex(2)}"
     with _daemon(command, cluster.environment, log):
         deadline = time.monotonic() + PATIENCE_S
         while STARTED not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
+            assert time.monotonic() < deadline, log.read_text() + (cluster.folder / "log").read_text()
             time.sleep(0.2)
         yield next(one for one in cluster.processes("/raylet/raylet") if one.pid not in before)
 
