@@ -192,6 +192,11 @@ class ImageError(FruitrayError):
     detail: str
 
 
+def one_line(error: BaseException) -> str:
+    """What `error` says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 def find_ours(error: BaseException | None) -> FruitrayError | None:
     """The error of ours that `error` is or was caused by."""
     return find(error, FruitrayError)

@@ -40,6 +40,7 @@ from fruitray.errors import (
     NotFoundError,
     StorageError,
     TryAgainError,
+    one_line,
 )
 from fruitray.s3reads import QuickReader
 from fruitray.storage import Entry, Storage
@@ -201,15 +202,15 @@ def _errors(uri: str) -> Iterator[None]:
         hint = "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
         raise CredentialsError(uri, hint) from error
     except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
-        raise CredentialsError(uri, _one_line(error)) from error
+        raise CredentialsError(uri, one_line(error)) from error
     except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
         reason = f"no answer from {endpoint()} ({type(error).__name__}); does it run, is AWS_ENDPOINT_URL right?"
         raise (EndpointError if isinstance(error, SSLError) else TryAgainError)(uri, reason) from error
     except BotoCoreError as error:  # what is left is about the request: a bucket name that is none, ...
-        raise StorageError(uri, _one_line(error)) from error
+        raise StorageError(uri, one_line(error)) from error
     except ValueError as error:  # botocore's word for an endpoint URL that is none
         hint = "AWS_ENDPOINT_URL must be a URL such as http://127.0.0.1:8333"
-        raise EndpointError(uri, f"{_one_line(error)}; {hint}") from error
+        raise EndpointError(uri, f"{one_line(error)}; {hint}") from error
 
 
 @contextmanager
@@ -227,10 +228,6 @@ def _only_objects_are_missing() -> Iterator[None]:
 def endpoint() -> str:
     """Where requests go, as far as the environment says."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:

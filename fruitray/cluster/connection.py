@@ -18,7 +18,7 @@ from ray._private.services import canonicalize_bootstrap_address_or_die, find_bo
 from fruitray.cluster import token_path
 from fruitray.cluster.placement import GROWS
 from fruitray.console import say
-from fruitray.errors import TryAgainError, UsageError
+from fruitray.errors import TryAgainError, UsageError, one_line
 
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that the door is locked
 
@@ -61,7 +61,7 @@ def _join(address: str, **options: Any) -> None:
         ray.init(address or None, log_to_driver=False, logging_level="warning", **options)
     except Exception as error:  # Ray has none of its own for it
         what = f"joined at RAY_ADDRESS={address}" if address not in HERE else "started on this machine"
-        raise TryAgainError("the cluster", f"it could not be {what}: {' '.join(str(error).split())}") from error
+        raise TryAgainError("the cluster", f"it could not be {what}: {one_line(error)}") from error
 
 
 def require_answer(address: str) -> None:

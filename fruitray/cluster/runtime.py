@@ -16,15 +16,13 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fruitray import status
+from fruitray.cluster import ATTEMPTS
 from fruitray.config import to_json
 from fruitray.console import reached, say
 from fruitray.errors import OutputConflictError, TryAgainError, UsageError, find_ours
 from fruitray.storage import LocalStorage, Storage, open_storage
 
 warnings.filterwarnings("ignore", "`ray_remote_args_fn`")  # Ray has no other way yet to bound a worker's retries
-
-ATTEMPTS = 10
-"""How many workers may die over one task, or one table of a stream, before the job does."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import FruitrayError, TryAgainError, find
+from fruitray.errors import TryAgainError, find, find_ours, one_line
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
@@ -90,7 +90,7 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
             _trainer(config, job | {"parts": parts}).fit()
             return
         except ray.train.WorkerGroupError as error:
-            full, ours, died = (find(error, kind) for kind in (torch.OutOfMemoryError, FruitrayError, RayActorError))
+            full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), find(error, RayActorError)
             if full and config.workers > 1:
                 parts *= 2
                 say(f"train: too little memory; computing each step in {parts} parts")
@@ -98,12 +98,12 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
             if full or (ours and not isinstance(ours, TryAgainError)):
                 raise
             failures = 1 if next(committed_checkpoints(out), None) != before else failures + 1
-            if failures > FAILURES and died and not ours:
-                raise workers_died(error) from error
             if failures > FAILURES:
+                if died and not ours:
+                    raise workers_died(error) from error
                 raise
-            cause = find(error, Exception)
-            why = ours or ("a worker died" if died else f"{type(cause).__name__}: {' '.join(str(cause).split())}")
+            cause = find(error, Exception) or error
+            why = ours or ("a worker died" if died else f"{type(cause).__name__}: {one_line(cause)}")
             say(f"train: {why}; starting again")
 
 
