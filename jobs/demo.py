@@ -2,7 +2,7 @@
 
 python -m jobs.demo
 
-Less than six minutes on two slow cores, once it is installed.
+Five to eight minutes on two slow cores, once it is installed.
 """
 
 import sys
