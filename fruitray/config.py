@@ -165,7 +165,7 @@ class FitConfig:
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd has Nesterov momentum of 0.9."""
     learning_rate: float | None = None
-    """Peak learning rate; what suits the backbone, what of it is trained, and the optimizer when not given."""
+    """Peak learning rate; what suits the backbone and the optimizer when not given."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate goes on after its warm-up: down to zero, or as it is."""
     warmup: float = 0.0
@@ -246,6 +246,7 @@ RECIPES: dict[Recipe, FitConfig] = {
         epochs=10,
         batch_size=8,
         optimizer="adam",
+        learning_rate=1e-4,
         schedule="constant",
         weight_decay=0.0,
         trunk_rate=1.0,
@@ -257,7 +258,7 @@ RECIPES: dict[Recipe, FitConfig] = {
 
 
 def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
-    """A learning rate to start from, where none is given: the more weights that know nothing yet, the smaller."""
+    """A learning rate to start from, where none is given: the smallest where no batch norm holds a network together."""
     if model.backbone in ("mlp", "cnn"):
         rate = 1e-4
     elif model.backbone == "cnn_bn":

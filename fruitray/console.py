@@ -3,6 +3,7 @@
 A worker's lines, and how far it is, are for the driver to show: `tell` hands them on.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
+LOG_WIDTH = 220
+"""Characters of a table's line in a log."""
 SHOWN = 10
 """Lines of a table of which a file has more."""
 
@@ -44,17 +47,31 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | None = None) -> None:
-    """`rows`, or `at_most` so many of them, as a table: a column per key of the first one, numbers to the right."""
+    """`rows`, or `at_most` so many of them, as a table: a column per key of the first one, numbers to the right; where
+    there is too little room, the last columns are left out."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name, value in rows[0].items():
-        table.add_column(Text(name), justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
-    for row in rows[:at_most]:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    Console(highlight=False, stderr=_OUT.stderr, width=None if _OUT.is_terminal else 220).print(table)
+    screen = Console(highlight=False, stderr=_OUT.stderr, width=None if _OUT.is_terminal else LOG_WIDTH)
+    names, unbounded = list(rows[0]), screen.options.update(max_width=sys.maxsize)
+    table = _table(title, names, rows[:at_most])
+    while screen.measure(table, options=unbounded).maximum > screen.width and len(names) > 1:
+        names.pop()
+        table = _table(title, names, rows[:at_most])
+    screen.print(table)
+    if left_out := list(rows[0])[len(names) :]:
+        say(f"not shown, for want of room: {', '.join(left_out)}")
     if at_most is not None and len(rows) > at_most:
         say(f"... and {len(rows) - at_most:,} more")
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in names:
+        justify: Any = "right" if isinstance(rows[0][name], int | float) else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_cell(row[name])) for name in names))
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -15,6 +15,7 @@ FruitrayError                  exit code
 │   └── EndpointError
 ├── WeightsError               6   pretrained weights cannot be had
 ├── DivergedError              1   training blew up
+├── GpuFullError               1   training wants more memory than a GPU has
 ├── TrialsFailedError          1   not one trial came to a result
 ├── ModelRejectedError         7   a model package or a weights file is broken or does not fit
 │   └── ExportError                a model cannot be exported, or its export answers otherwise
@@ -152,6 +153,14 @@ class DivergedError(FruitrayError):
 
 
 @dataclass(eq=False)
+class GpuFullError(FruitrayError):
+    """Training wants more memory than a GPU has, in however many parts a step is computed."""
+
+    def __str__(self) -> str:
+        return "the GPU's memory is too small; try a smaller --image-size, --train-size or --batch-size, or --frozen"
+
+
+@dataclass(eq=False)
 class TrialsFailedError(FruitrayError):
     """No trial of the search at `uri` came to a result; `reason` is the first one's."""
 
@@ -208,7 +217,7 @@ Kind = TypeVar("Kind", bound=BaseException)
 def find(error: BaseException | None, kind: type[Kind]) -> Kind | None:
     """The error of that kind that `error` is or was caused by; Ray wraps what its workers raise in several layers."""
     while error is not None:
-        held = [getattr(error, name, None) for name in ("cause", "health_check_failure")]
+        held = [getattr(error, name, None) for name in ("cause", "health_check_failure", "controller_failure")]
         held += [*getattr(error, "worker_failures", {}).values(), *error.args]
         inner = [one for one in held if isinstance(one, BaseException)]
         if inner:  # before the type: Ray's wrapper pretends to be of its cause's

@@ -236,14 +236,16 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """What to divide (M, C) logits by so that their softmax fits the (M,) labels best, by mean negative log-likelihood
     (Guo et al. 2017); within `TEMPERATURES`.
 
-    1 where every photo is right: then nothing says how sure is too sure, and the best fit would be boundless.
+    Where every photo is right the best fit would be boundless: there the mean confidence becomes what the accuracy
+    would be, had one more photo been seen, and that one wrong.
     """
-    if bool((logits.argmax(dim=1) == labels).all()):
-        return 1.0
-    precise = logits.double()
+    precise, all_right = logits.double(), bool((logits.argmax(dim=1) == labels).all())
 
     def loss(log_temperature: float) -> float:
-        return F.cross_entropy(precise / math.exp(log_temperature), labels).item()
+        scaled = precise / math.exp(log_temperature)
+        if all_right:
+            return abs(scaled.softmax(dim=1).amax(dim=1).mean().item() - len(labels) / (len(labels) + 1))
+        return F.cross_entropy(scaled, labels).item()
 
     low, high = TEMPERATURES  # the loss is convex in 1 / temperature, so there is one valley
     best = minimize_scalar(loss, bounds=(math.log(low), math.log(high)), method="bounded")

@@ -32,7 +32,7 @@ HISTORY = pa.schema(
         field("recalls", pa.list_(pa.float64()), "per class, in the order of their names"),
         field("seconds", pa.float64(), "of the epoch, validation included; where it was resumed, since then"),
         field("learning_rate", pa.float64(), "of the head, in the last step"),
-        field("images_per_s", pa.float64(), "training examples per second, validation left out"),
+        field("images_per_s", pa.float64(), "training examples per second, validation and pauses left out"),
         field("parts", pa.int32(), "that each step was computed in: --accumulate, or more where memory was short"),
     ]
 )

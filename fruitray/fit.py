@@ -43,14 +43,13 @@ class Epoch(Pause):
     seconds: float
     """Of this process: where an epoch was resumed, since then."""
     images_per_s: float
-    """Training examples per second, validation left out."""
+    """Training examples per second, validation and pauses left out."""
     learning_rate: float
     """Of the head, in the epoch's last step."""
     parts: int
     """Into how many parts each step's share of photos was cut: `accumulate`, or more where memory was too small."""
     best_number: int
     """The best epoch so far."""
-    best_counts: torch.Tensor
     best_predictions: torch.Tensor
     """(M,) int64, the class predicted for each validation photo, in order."""
 
@@ -58,11 +57,6 @@ class Epoch(Pause):
     def accuracy(self) -> float:
         """Validation accuracy of this epoch."""
         return accuracy(self.counts)
-
-    @property
-    def best_accuracy(self) -> float:
-        """Validation accuracy of the best epoch so far."""
-        return accuracy(self.best_counts)
 
 
 def fit(
@@ -107,12 +101,14 @@ def fit_with_pauses(
         return {"number": number, "step": step, "total": total, "run": run.state_dict(), "best": best}
 
     while number < config.epochs and not (best["number"] and number - best["number"] >= config.patience):
-        number, before, start = number + 1, done, time.perf_counter()
+        number, before, start, paused = number + 1, done, time.perf_counter(), 0.0
         for step, summed in run.epoch(number, done, total, due):
             total = summed
             if step < len(train):
+                stopped = time.perf_counter()
                 yield Pause(state=state(number - 1, step, total))
-        trained = time.perf_counter()
+                paused += time.perf_counter() - stopped
+        trained = time.perf_counter() - paused
         val_loss, predictions = evaluate(run.validated, val, device, reduce)
         if not math.isfinite(val_loss):
             raise DivergedError(number, val_loss)
@@ -131,7 +127,6 @@ def fit_with_pauses(
             learning_rate=run.learning_rate,
             parts=run.parts,
             best_number=best["number"],
-            best_counts=_count(val, best["predictions"]),
             best_predictions=best["predictions"],
         )
         done, total = 0, 0.0

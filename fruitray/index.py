@@ -153,19 +153,22 @@ def index_place(uri: str) -> tuple[Storage, str]:
     return open_file(uri) if uri.endswith(".parquet") else (open_storage(uri), FILE)
 
 
-def read_index(uri: str) -> Index:
-    """Read the index that `prepare` wrote to `uri`, its folder or the file itself.
+def read_index(uri: str, sha256: str = "") -> Index:
+    """Read the index that `prepare` wrote to `uri`, its folder or the file itself; the one of that hash, if given.
 
     Raises:
         LeakError: copies of a photo stand in two splits: the file was changed after `prepare`.
         NoInputError: it has no rows.
-        OutputConflictError: it is no index, or of another version of fruitray.
+        OutputConflictError: it is no index, or of another version of fruitray, or not the one of that hash.
     """
     storage, key = index_place(uri)
     try:
         data = storage.read(key)
     except NotFoundError as error:
         raise NotFoundError(storage.uri_of(key), "there is no index: `prepare` writes one") from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in ("", found):
+        raise OutputConflictError(storage.uri_of(key), "was prepared anew while this job was at work")
     try:
         table = pq.read_table(pa.BufferReader(data))
         made: Mapping[str, Any] = json.loads(table.schema.metadata[b"fruitray"])
@@ -180,7 +183,7 @@ def read_index(uri: str) -> Index:
     if not table.num_rows:
         raise NoInputError(storage.uri_of(key))
     check_leaks(table, storage.uri_of(key))
-    return Index(table, images, hashlib.sha256(data).hexdigest())
+    return Index(table, images, found)
 
 
 def check_leaks(table: pa.Table, uri: str) -> None:

@@ -9,6 +9,7 @@ from fruitray.augment import VARIANTS
 from fruitray.backbones import Classifier, freeze
 from fruitray.batches import CPU, Batches, decoded_photos, near
 from fruitray.config import FitConfig, require
+from fruitray.errors import UsageError, one_line
 from fruitray.features import features_key, read_features
 from fruitray.index import Index
 from fruitray.storage import open_storage
@@ -47,7 +48,7 @@ def make_recipe(
     given.
 
     Raises:
-        UsageError: a batch is too small to give every worker a photo.
+        UsageError: a batch is too small to give every worker a photo, or the network takes no photos of `train_size`.
         OutputConflictError: a photo is no longer what the index says.
         NotFoundError: there are no embeddings.
     """
@@ -58,8 +59,8 @@ def make_recipe(
     train_rows, val_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     if frozen:
         freeze(model)
-    side = model.preprocessing.size
-    require((config.train_size or 0) <= side, "train_size", config.train_size, f"the network validates at {side}")
+    if config.train_size:
+        _require_train_size(model, config.train_size)
     module: nn.Module = model
     if frozen and cached and policy in VARIANTS:
         module = model.head
@@ -100,6 +101,16 @@ def make_recipe(
         size=None,
     )
     return Recipe(model, module, train, val)
+
+
+def _require_train_size(model: Classifier, size: int) -> None:
+    side = model.preprocessing.size
+    require(size <= side, "train_size", size, f"the network validates at {side}")
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (AssertionError, RuntimeError) as error:  # as of one that has a weight for each place in the photo
+        raise UsageError(f"--train-size {size}: the network cannot take it: {one_line(error)}") from error
 
 
 def validation_photos(index: Index, model: Classifier, device: torch.device = CPU) -> Batches:

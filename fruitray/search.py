@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """What `tune --preset` starts from, where that is not the default."""
+DRAWN = 20
+"""How often a trial is drawn at most, for one that is not among those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,12 @@ def _rates(config: TuneConfig, model: ModelConfig) -> tuple[float, ...]:
 
 
 def draw_trials(config: TuneConfig) -> list[Trial]:
-    """The trials of `random`, `grid` or `sweep`; equal configs draw equal trials."""
+    """The trials of `random`, `grid` or `sweep`, no two of them equal; equal configs draw equal trials."""
     if config.search == "random":
         draws, compared = Draws(config.fit.seed), networks(config)
-        return [Trial(*settings(config, compared[n % len(compared)], draws)) for n in range(config.trials)]
-    return list((_grid if config.search == "grid" else _sweep)(config))
+        drawn = (Trial(*settings(config, compared[n % len(compared)], draws)) for n in range(DRAWN * config.trials))
+        return list(dict.fromkeys(drawn))[: config.trials]
+    return list(dict.fromkeys((_grid if config.search == "grid" else _sweep)(config)))
 
 
 def _grid(config: TuneConfig) -> Iterator[Trial]:

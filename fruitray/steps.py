@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fruitray.backbones import Classifier, freeze, parameter_groups, unfreeze
 from fruitray.batches import Batch, Batches, epoch_seed
@@ -46,7 +46,7 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self._optimizer = _optimizer(groups, config)
-        self._average = AveragedModel(module, multi_avg_fn=_lerp(config.ema), use_buffers=True) if config.ema else None
+        self._average = AveragedModel(module, multi_avg_fn=self._lerp, use_buffers=True) if config.ema else None
         self._weights = _class_weights(train).to(device) if config.class_weights else None
         whole = isinstance(module, Classifier) and any(tensor.requires_grad for tensor in module.trunk.parameters())
         self._stages = [config.head_epochs] * (whole and config.head_epochs > 0) + [config.epochs]
@@ -149,6 +149,13 @@ class Run:
         least = self._train.examples // len(self._train) // self._train.world
         return tensor.tensor_split(min(self.parts, max(1, least)))
 
+    def _lerp(self, averages: Tensors, news: Tensors, _: Any) -> None:
+        """An exponential moving average that forgets its start: at step n the decay is (1 + n) / (10 + n) at most."""
+        assert self._average is not None
+        step = int(self._average.n_averaged)  # on the CPU, while what is handed here was copied to the GPU
+        decay = min(self._config.ema, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(averages, news, step)  # type: ignore[no-untyped-call]
+
     def _set_learning_rate(self, factor: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * group["rate"] * factor
@@ -221,20 +228,6 @@ def _factor(config: FitConfig, done: float) -> float:
     if config.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup)))
-
-
-def _lerp(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
-    """An exponential moving average that forgets its start: at step n the decay is (1 + n) / (10 + n) at most."""
-
-    def update(averages: Tensors, news: Tensors, step: torch.Tensor | int) -> None:
-        left = min(decay, (1 + float(step)) / (10 + float(step)))
-        for average, new in zip(averages, news, strict=True):
-            if average.is_floating_point():
-                average.lerp_(new, 1 - left)
-            else:
-                average.copy_(new)
-
-    return update
 
 
 def _class_weights(train: Batches) -> torch.Tensor:

@@ -33,11 +33,12 @@ SCHEMA = pa.schema(
         field("curve", pa.list_(pa.float64()), "validation accuracy after each epoch, fold by fold"),
         field("best_epoch", pa.int32(), "of the last fold, from 1"),
         field("epochs", pa.int32(), "trained, over all folds"),
-        field("seconds", pa.float64(), "of the trial, its start and loading included"),
+        field("seconds", pa.float64(), "of the trial, its loading included; what a lost worker had done since is not"),
         field("images_per_s", pa.float64(), "training examples, in the last epoch"),
         field("parameters", pa.int64(), "of the whole network"),
         field("trained_parameters", pa.int64(), "of the part that was trained"),
         field("peak_memory", pa.int64(), "bytes: of the GPU where there is one, else of the process"),
+        field("parts", pa.int32(), "that each step was computed in: --accumulate, or more where memory was short"),
         field("initial_state_hash", pa.string(), "SHA-256 of the tensors that the trial started from"),
         field("error", pa.string(), "why it failed"),
     ]
@@ -96,17 +97,17 @@ def show_trials(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a trial that fit on a screen."""
+    """What a screen shows of a trial, what counts most first: a narrow one leaves out the last."""
     had = row["accuracy"] is not None
     return {
         "trial": row["trial"],
         "backbone": row["backbone"],
         "part": row["part"],
-        "rate": row["learning_rate"],
-        "batch": row["batch_size"],
-        "dropout": row["dropout"],
         "accuracy": row["accuracy"],
         "95% interval": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}" if had else "",
+        "rate": row["learning_rate"],
+        "batch": f"{row['batch_size']} in {row['parts']} parts" if (row["parts"] or 1) > 1 else row["batch_size"],
+        "dropout": row["dropout"],
         "recalls": " ".join(f"{recall:.2f}" for recall in row["recalls"] or ()),
         "best epoch": _best_epoch(row) if had else "",
         "seconds": row["seconds"],

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray.train
@@ -11,6 +11,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
+from ray.train import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
 
 from fruitray import status
@@ -31,7 +32,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import TryAgainError, find, find_ours, one_line
+from fruitray.errors import GpuFullError, TryAgainError, find, find_ours, one_line
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
@@ -69,33 +70,38 @@ def run(config: TrainConfig) -> str:
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
-            _train(config, out, initial.uri, lines)
+            _train(config, out, {"initial": initial.uri, "index_sha256": index.sha256, "lines": lines})
     load_package(out.uri)  # which is verified: only then the checkpoints may go
     delete_checkpoints(out)
     model_id = show_final(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
 
 
-def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) -> None:
-    """Run the workers until the package stands, for as long as they get on between one failure and the next.
+def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
+    """Run the workers, which are `given` that, until the package stands, for as long as they get on between one failure
+    and the next.
 
     What would fail again is not tried again, as Ray Train does it. Where several work, none can compute a step again by
     itself, so here they are told to do with less memory.
     """
-    job = {"config": asdict(config), "out": out.uri, "initial": initial_uri, "lines": lines}
-    parts, failures = config.fit.accumulate, 0
+    job = {"config": asdict(config), "out": out.uri, **given}
+    parts, failures, share = config.fit.accumulate, 0, config.fit.batch_size // config.workers
     while True:
         before = next(committed_checkpoints(out), None)
         try:
             _trainer(config, job | {"parts": parts}).fit()
             return
-        except ray.train.WorkerGroupError as error:
+        except (WorkerGroupError, ControllerError, RayActorError) as error:
+            if out.exists(DESCRIPTION):
+                return  # they had done all
             full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), find(error, RayActorError)
-            if full and config.workers > 1:
-                parts *= 2
+            if full and config.workers > 1 and parts < share:
+                parts = min(2 * parts, share)
                 say(f"train: too little memory; computing each step in {parts} parts")
                 continue
-            if full or (ours and not isinstance(ours, TryAgainError)):
+            if full:
+                raise GpuFullError from error
+            if ours and not isinstance(ours, TryAgainError):
                 raise
             failures = 1 if next(committed_checkpoints(out), None) != before else failures + 1
             if failures > FAILURES:
@@ -107,10 +113,15 @@ def _train(config: TrainConfig, out: Storage, initial_uri: str, lines: Queue) ->
             say(f"train: {why}; starting again")
 
 
-def _trainer(config: TrainConfig, job: dict[str, Any]) -> ray.train.torch.TorchTrainer:
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C is `cli.py`'s; Ray's own way would have it end as if all were done, and be deaf afterwards."""
+
+
+def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
     share = _share(config)
     resources = {"CPU": share["cpus"], **({"GPU": share["gpus"]} if config.gpu else {})}
-    return ray.train.torch.TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
@@ -139,9 +150,9 @@ def _work(job: dict[str, Any]) -> None:
     config, context = job["config"], ray.train.get_context()
     rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
     tell(_teller(job["lines"]))
-    index, initial = read_index(config["index"]), load_package(job["initial"])
+    index, initial = read_index(config["index"], job["index_sha256"]), load_package(job["initial"])
     model = rebuilt(initial.model, ModelConfig(**config["model"]), len(index.classes))
-    fit_config = FitConfig(**config["fit"] | {"accumulate": job["parts"]})
+    fit_config = FitConfig(**config["fit"])
     recipe = make_recipe(
         config["index"],
         index,
@@ -157,7 +168,8 @@ def _work(job: dict[str, Any]) -> None:
         write_sheet(out, index, fit_config.augment, fit_config.seed, photos=SHEET_PHOTOS, side=SHEET_SIDE)
     with tracking(out, config, rank=rank, warn=say) as track:
         keeper = Keeper(out, 60 * config["checkpoint_minutes"])
-        history = _fit(recipe, fit_config, keeper, _resume(out, rank), track)
+        resume = _resume(out, rank)
+        history = _fit(recipe, replace(fit_config, accumulate=job["parts"]), keeper, resume, track)
         track.finish(best_row(history))
     if rank == 0:
         write_final(out, config, recipe, index, initial, history, device)

@@ -3,6 +3,7 @@
 import os
 import resource
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from fruitray.backbones import parameter_counts, pick_device, rebuilt, trained_p
 from fruitray.checkpoints import Pace
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
-from fruitray.errors import find_ours
+from fruitray.errors import GpuFullError, TryAgainError, find_ours
 from fruitray.fit import fit
 from fruitray.index import Pool, read_index
 from fruitray.metrics import accuracy, confusion, summary
@@ -26,10 +27,13 @@ from fruitray.storage import open_storage
 from fruitray.trials import pack
 
 CHECKPOINT = "checkpoint.pt"
+LONGEST = 300
+"""Characters of a reason that is not ours."""
 
 
 def run_trial(space: dict[str, Any]) -> None:
-    """Train the trial that `space` describes, reporting to Tune. A failure is reported before it is raised."""
+    """Train the trial that `space` describes, reporting to Tune. A failure is reported before it is raised, but for one
+    that may pass."""
     torch.set_num_threads(max(1, int(space["cpus"])))
     last: dict[str, Any] = {"accuracy": 0.0, "epochs": 0}
     pace = Pace()
@@ -41,16 +45,18 @@ def run_trial(space: dict[str, Any]) -> None:
             with pace.saving(), tempfile.TemporaryDirectory() as folder:
                 torch.save(state, os.path.join(folder, CHECKPOINT))
                 tune.report(last, checkpoint=tune.Checkpoint.from_directory(folder))
+    except TryAgainError:
+        raise
     except Exception as error:
         tune.report({**last, "error": reason(error)})
         raise
 
 
 def reason(error: BaseException) -> str:
-    """Why a trial failed, in one sentence."""
+    """Why a trial failed, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: try a smaller --batch-size, or --accumulate 2"
-    return str(find_ours(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])
+        return str(GpuFullError())
+    return str(find_ours(error) or textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST))
 
 
 def _read_checkpoint() -> dict[str, Any] | None:
@@ -70,7 +76,7 @@ def train(
     state = state or {"fold": 0, "fit": None, "predictions": [], "curve": [], "epochs": 0, "seconds": 0.0}
     start, spent = time.perf_counter(), state["seconds"]
     config, fit_config = ModelConfig(**space["trial"]["model"]), FitConfig(**space["trial"]["fit"])
-    index = read_index(space["index"])
+    index = read_index(space["index"], space["index_sha256"])
     initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
     device = pick_device(gpu=space["gpu"])
     pool = index.pool()
@@ -84,7 +90,7 @@ def train(
         )
         facts = _facts(recipe.model.to(device), initial)
         resume, done = state["fit"], state["predictions"][:fold]
-        before = state["epochs"] - (resume["number"] if resume else 0)
+        before, epoch = state["epochs"] - (resume["number"] if resume else 0), None
         for epoch in fit(recipe.module, recipe.train, recipe.val, fit_config, device=device, resume=resume):
             state = {
                 "fold": fold,
@@ -96,8 +102,8 @@ def train(
             }
             measured = _measured(state["predictions"], truth[: fold + 1], len(index.classes))
             known = {name: state[name] for name in ("curve", "epochs", "seconds")}
-            speed = {"images_per_s": epoch.images_per_s, "peak_memory": _peak_memory(device)}
-            yield {**facts, **measured, **known, "best_epoch": epoch.best_number, **speed}, state
+            cost = {"images_per_s": epoch.images_per_s, "peak_memory": _peak_memory(device), "parts": epoch.parts}
+            yield {**facts, **measured, **known, "best_epoch": epoch.best_number, **cost}, state
         state = {**state, "fit": None}
         del model, recipe, epoch  # before the next fold's photos or embeddings are there
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import textwrap
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,6 +12,8 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler
 
@@ -20,10 +24,10 @@ from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, open_output, require_ours
-from fruitray.cluster.trial import reason, run_trial
+from fruitray.cluster.trial import LONGEST, run_trial
 from fruitray.config import TuneConfig
 from fruitray.console import LOG_INTERVAL_S, progress, reached, say
-from fruitray.errors import FruitrayError, TrialsFailedError, UsageError
+from fruitray.errors import FruitrayError, TrialsFailedError, UsageError, find_ours, one_line
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
@@ -33,6 +37,8 @@ from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, ta
 
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
+SAVED_S = 10.0
+"""After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
 
 # The whole stack of a trial that fails, whose reason is a line of ours.
 logging.getLogger("ray.tune.execution.tune_controller").addFilter(
@@ -40,6 +46,16 @@ logging.getLogger("ray.tune.execution.tune_controller").addFilter(
 )
 # Else Tune writes the driver's keys into every trial's runtime environment, which Ray shows and logs in clear.
 class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+
+
+def _worker_lost(manager: RayActorManager, task: Any, error: Exception) -> None:
+    known = isinstance(error, RayActorError | RayTaskError)
+    _hear_of_it(manager, task, error if known else RayActorError(error_msg=one_line(error)))
+
+
+# Else a worker that Ray kills for want of memory ends the search: Tune knows no such error.
+_hear_of_it = RayActorManager._actor_task_failed
+RayActorManager._actor_task_failed = _worker_lost
 
 
 def run(config: TuneConfig) -> str:
@@ -58,7 +74,7 @@ def run(config: TuneConfig) -> str:
         for package in initial.values():
             gpu = config.gpus_per_trial > 0
             ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
-    found = sorted((_row(result) for result in _search(config, out)), key=lambda pair: rank(pair[0]))
+    found = sorted((_row(result) for result in _search(config, out, index.sha256)), key=lambda pair: rank(pair[0]))
     rows = [row for row, _ in found]
     out.write("trials.parquet", parquet(table(rows)))
     show_trials(rows)
@@ -99,12 +115,16 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
     return {network.backbone: found[network.backbone] for network in had if network.frozen}
 
 
-def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
+def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[tune.Result]:
     """The results of all trials; those that an earlier, broken run finished are not run again."""
     shared = {"index": config.index, "out": out.uri, "folds": config.folds, "cpus": config.cpus_per_trial}
-    space: dict[str, Any] = {**shared, "gpu": config.gpus_per_trial > 0}
+    space: dict[str, Any] = {**shared, "index_sha256": index_sha256, "gpu": config.gpus_per_trial > 0}
+    total = config.trials
     if config.search != "optuna":
-        space["trial"] = tune.grid_search([plain(n, trial) for n, trial in enumerate(draw_trials(config))])
+        drawn = draw_trials(config)
+        space["trial"], total = tune.grid_search([plain(n, trial) for n, trial in enumerate(drawn)]), len(drawn)
+        if config.search == "random" and total < config.trials:
+            say(f"tune: {total} trials, as no other can be drawn from what there is to choose from")
     trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
     path, again = f"{out.uri}/_ray/tune", config.search != "optuna"  # which knows no trial that is run again
     if tune.Tuner.can_restore(path) and any("/experiment_state" in entry.key for entry in out.list("_ray/tune/")):
@@ -129,7 +149,6 @@ def _search(config: TuneConfig, out: Storage) -> list[tune.Result]:
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-    total = config.trials if config.search == "optuna" else len(space["trial"]["grid_search"])
     with progress("tune", total, "trials", in_logs=False):
         return list(tuner.fit())
 
@@ -175,29 +194,50 @@ def plain(number: int, trial: Trial) -> dict[str, Any]:
 
 def _row(result: tune.Result) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row of `SCHEMA`, and what of the trial `best.json` keeps."""
-    chosen = result.config["trial"]
-    known = {**chosen["fit"], **chosen["model"], "axis": chosen["axis"], **(result.metrics or {})}
+    chosen, measured = result.config["trial"], result.metrics or {}
+    known = {**chosen["fit"], **chosen["model"], "axis": chosen["axis"], **measured, "trial": chosen["number"]}
     row = {name: known.get(name) for name in SCHEMA.names}
-    trained = bool(known.get("epochs"))
-    row |= {"trial": chosen["number"], "right": unpack(known["right"], known["photos"]) if trained else None}
-    row |= {"accuracy": row["accuracy"] if trained else None, "epochs": row["epochs"] if trained else 0}
-    if result.error and not row["error"]:
-        row["error"] = reason(result.error)
+    if measured.get("epochs"):
+        row["right"] = unpack(measured["right"], measured["photos"])
+    else:
+        row |= {"accuracy": None, "epochs": 0}
+    if not row["error"] and (result.error or not row["epochs"]):
+        row["error"] = _end(result.error)
     return row, {"model": chosen["model"], "fit": chosen["fit"]}
 
 
+def _end(error: Exception | str | None) -> str:
+    """Why a trial ended that could not say so itself; Ray tells it last."""
+    lines = str(error or "it has not begun").strip().splitlines()
+    return str((isinstance(error, Exception) and find_ours(error)) or textwrap.shorten(lines[-1], LONGEST))
+
+
 class _Ends(tune.Callback):  # type: ignore[misc]
-    """What is done when a trial ends: its checkpoint goes, so that the disk holds those of running trials only."""
+    """What is done when a trial ends: soon its checkpoint goes, so that the disk holds those of running trials only."""
+
+    def __init__(self) -> None:
+        self._ended: deque[tuple[float, Any]] = deque()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        trial.max_failures = RETRIES  # also if it had failed for good, and the search is run again
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if result.get("error"):  # it would fail again: only a lost worker is worth another try
             trial.max_failures = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._forget(trial)
+        self._ended.append((time.monotonic(), trial))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._forget(trial)
+    on_trial_error = on_trial_complete
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        while self._ended and time.monotonic() - self._ended[0][0] > SAVED_S:
+            self._forget(self._ended.popleft()[1])
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        for trial in trials:  # also those that ended before the search was broken off
+            if trial.is_finished():
+                self._forget(trial)
 
     def _forget(self, trial: Any) -> None:
         checkpoint = trial.checkpoint
@@ -222,7 +262,8 @@ class _Lines(tune.Callback):  # type: ignore[misc]
         self._line(trials, trial, said)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._line(trials, trial, f"failed: {trial.last_result.get('error') or 'its worker was lost'}")
+        said = trial.last_result.get("error") or find_ours(trial.get_pickled_error()) or "its worker was lost"
+        self._line(trials, trial, f"failed: {said}")
 
     def _line(self, trials: list[Any], trial: Any, text: str) -> None:
         self._last = time.monotonic()

@@ -1,5 +1,6 @@
 """Tuning and training on a real cluster: every backbone's path, several workers, and resuming after a kill."""
 
+import json
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from ray.exceptions import ActorDiedError
 from fruitray.checkpoints import save_checkpoint
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
-from fruitray.errors import DivergedError, TryAgainError
+from fruitray.errors import DivergedError, GpuFullError, TryAgainError
 from fruitray.package import load_package
 from fruitray.storage import LocalStorage, open_storage
 from tests.cluster import Cluster, end_of
@@ -29,17 +30,16 @@ from tests.cluster import Cluster, end_of
 SMALL = ("--image-size", "64", "--batch-size", "16")
 
 
-def _kill_when(job: subprocess.Popen[str], line: str) -> str:
-    """Kill the driver as soon as it has printed `line`; answers what it printed until then."""
+def _end_when(job: subprocess.Popen[str], line: str, how: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    """(exit code, what it printed from then on) of a driver that is ended as soon as it has printed `line`."""
     assert job.stdout
     printed = ""
     while line not in printed:
         read = job.stdout.readline()
         assert read, printed
         printed += read
-    os.killpg(job.pid, signal.SIGKILL)
-    end_of(job)
-    return printed
+    os.killpg(job.pid, how)
+    return end_of(job)
 
 
 def _table(uri: str) -> list[dict[str, Any]]:
@@ -104,13 +104,21 @@ def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str) -> 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
     space = ("--backbones", "cnn", "--trials", "3", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
     arguments = ("--index", f"{place}/index", "--out", f"{place}/tune", *space)
-    _kill_when(cluster.start("tune", *arguments), "tune: 1 of 3 trials ended")
+    _end_when(cluster.start("tune", *arguments), "tune: 1 of 3 trials ended")
     code, printed = cluster.run("tune", *arguments)
     assert code == 0, printed
     trials = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet"))).to_pylist()
     assert sorted(row["trial"] for row in trials) == [0, 1, 2]
     assert all(row["error"] is None for row in trials)
     assert "number 0" not in printed, "a finished trial is not run again"
+
+
+def test_a_training_that_is_stopped_says_so(cluster: Cluster, place: str) -> None:
+    arguments = ("--index", f"{place}/index", "--out", f"{place}/model", "--backbone", "cnn", "--image-size", "96")
+    job = cluster.start("train", *arguments, "--epochs", "500", "--patience", "500")
+    code, printed = _end_when(job, "train: epoch 1 of 500", signal.SIGINT)
+    assert (code, printed.splitlines()[-1]) == (130, "fruitray train: interrupted"), printed
+    assert json.loads(open_storage(f"{place}/model").read("status.json"))["state"] == "interrupted"
 
 
 def _train_with(
@@ -128,8 +136,8 @@ def _train_with(
                 raise ray.train.WorkerGroupError("lost", {0: failure})
 
     monkeypatch.setattr(train, "_trainer", Workers)
-    with suppress(ray.train.WorkerGroupError, TryAgainError):
-        train._train(config, out, "initial", cast(Any, None))
+    with suppress(ray.train.WorkerGroupError, TryAgainError, GpuFullError):
+        train._train(config, out, {})
     return tried
 
 
@@ -140,6 +148,7 @@ def test_several_workers_out_of_memory_begin_again_with_smaller_parts(
     full, out = torch.OutOfMemoryError("CUDA out of memory"), LocalStorage(str(tmp_path))
     config = TrainConfig(index="i", out=str(tmp_path), workers=2, fit=FitConfig(accumulate=2))
     assert _train_with(monkeypatch, out, config, iter([full, full, None])) == [2, 4, 8]
+    assert _train_with(monkeypatch, out, config, iter([full] * 9)) == [2, 4, 8, 16, 32]
     assert _train_with(monkeypatch, out, replace(config, workers=1), iter([full, None])) == [2]
 
 

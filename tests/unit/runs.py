@@ -36,6 +36,7 @@ def write_photos_and_index(folder: Path, seed: int = 0) -> str:
             "status": "ok",
             "bytes": entry.size,
             "etag": entry.etag,
+            "group": entry.key,
             "split": "train" if int(Path(entry.key).stem) < TRAIN else "val",
         }
         for entry in photos.list()

@@ -3,7 +3,7 @@
 import pytest
 
 from fruitray import console
-from fruitray.console import progress, reached, say, shown, tell
+from fruitray.console import LOG_WIDTH, progress, reached, say, show_table, shown, tell
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,16 @@ def test_a_job_with_lines_of_its_own_is_as_far_as_it_says(capsys: pytest.Capture
             reached(epoch)
         assert shown() == {"step": "train", "done": 3, "total": 5, "unit": "epochs"}
     assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 3", "epoch 2"]
+
+
+def test_a_table_that_is_too_wide_loses_its_last_columns_and_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"trial": 1, "accuracy": 0.97531, "recalls": "0.91 " * 20, "start": "x" * LOG_WIDTH, "MiB": 7}
+    show_table("trials", [row, row])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "not shown, for want of room: start, MiB"
+    assert all(value in printed for value in ("0.9753", ("0.91 " * 20).strip()))
+    show_table("trials", [{"name": "x" * LOG_WIDTH}])  # one column stays, whatever it takes
+    assert "xxx" in capsys.readouterr().out
 
 
 def test_a_worker_shows_nothing_and_hands_on_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ ERRORS = [
     (errors.EndpointError(URI, "no answer from http://127.0.0.1:1"), 6, [URI, "http://127.0.0.1:1"]),
     (errors.WeightsError("resnet50", "the network is down"), 6, ["resnet50", "the network is down", "--weights"]),
     (errors.DivergedError(3, float("nan")), 1, ["nan", "epoch 3"]),
+    (errors.GpuFullError(), 1, ["memory", "--image-size"]),
     (errors.TrialsFailedError(URI, "the loss became nan"), 1, [URI, "the loss became nan"]),
     (errors.ModelRejectedError(URI, "its hash is wrong"), 7, [URI, "its hash is wrong"]),
     (errors.ExportError(URI, "its shares differ by 0.2"), 7, [URI, "differ by 0.2"]),

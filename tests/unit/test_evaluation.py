@@ -68,9 +68,11 @@ def test_scaling_by_the_temperature_mends_confidence_and_leaves_the_labels() -> 
     assert boastful.threshold == pytest.approx(honest.threshold, abs=0.01)
 
 
-def test_where_every_photo_is_right_confidences_stay_as_they_are() -> None:
-    logits, _ = calibrated(50)
-    assert fit_temperature(logits, logits.argmax(dim=1)) == 1
+@pytest.mark.parametrize("factor", [0.5, 1, 10])
+def test_where_every_photo_is_right_confidences_are_high_but_not_boundless(factor: float) -> None:
+    logits = factor * calibrated(400)[0]
+    found, _ = evaluated(logits, logits.argmax(dim=1))
+    assert found.ece == pytest.approx(1 / 401, rel=0.1)
 
 
 def test_a_hopeless_model_gets_a_temperature_all_the_same() -> None:

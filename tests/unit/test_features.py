@@ -61,10 +61,10 @@ def recipe(index_uri: str, model: Classifier, *, frozen: bool, **settings: Any) 
 
 
 def trained(recipe: Recipe) -> list[float]:
-    """Train by the recipe; the losses of each epoch."""
+    """Train by the recipe; the losses of each epoch, and its accuracy."""
     config = FitConfig(epochs=3, batch_size=4, learning_rate=0.01)
     epochs = fit(recipe.module, recipe.train, recipe.val, config, device=CPU)
-    return [loss for epoch in epochs for loss in (epoch.train_loss, epoch.val_loss)]
+    return [value for epoch in epochs for value in (epoch.train_loss, epoch.val_loss, epoch.accuracy)]
 
 
 def logits(model: Classifier, photos: torch.Tensor) -> torch.Tensor:
@@ -344,6 +344,8 @@ def test_training_photos_may_be_smaller_than_those_of_validation(index_uri: str)
     assert {batch.inputs.shape[2:] for batch in made.val.epoch(0)} == {(64, 64)}
     with pytest.raises(UsageError, match="train-size 65: the network validates at 64"):
         recipe(index_uri, network(backbone="cnn_bn"), frozen=False, train_size=65)
+    with pytest.raises(UsageError, match="train-size 48: the network cannot take it: "):
+        recipe(index_uri, network(backbone="cnn"), frozen=False, train_size=48)  # it has weights for each place
 
 
 def test_a_batch_too_small_for_the_workers_is_refused(index_uri: str) -> None:

@@ -43,6 +43,13 @@ def test_only_pretrained_backbones_are_frozen() -> None:
     assert not any(network.frozen for network in networks(_config(weights="none", **space)))
 
 
+def test_no_trial_is_drawn_twice() -> None:
+    config = _config(backbones=("cnn", "vgg16"), fit=FitConfig(learning_rate=0.1), dropouts=(0.0, 0.5), trials=50)
+    points = Counter(map(_point, draw_trials(config)))
+    assert len(points) == 4
+    assert set(points.values()) == {1}
+
+
 def test_draws_stay_within_the_space() -> None:
     space = {"learning_rates": (1e-3, 2e-3), "batch_sizes": (8, 64), "dropouts": (0.1,), "trials": 50}
     trials = draw_trials(_config(**space))
