@@ -68,7 +68,7 @@ def test_scaling_by_the_temperature_mends_confidence_and_leaves_the_labels() -> 
     assert boastful.threshold == pytest.approx(honest.threshold, abs=0.01)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1, 10])
+@pytest.mark.parametrize("factor", [2, 10])
 def test_where_every_photo_is_right_confidences_are_high_but_not_boundless(factor: float) -> None:
     logits = factor * calibrated(400)[0]
     found, _ = evaluated(logits, logits.argmax(dim=1))
