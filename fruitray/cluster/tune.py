@@ -48,9 +48,9 @@ logging.getLogger("ray.tune.execution.tune_controller").addFilter(
 class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
-def _worker_lost(manager: RayActorManager, task: Any, error: Exception) -> None:
-    known = isinstance(error, RayActorError | RayTaskError)
-    _hear_of_it(manager, task, error if known else RayActorError(error_msg=one_line(error)))
+def _worker_lost(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+    known = isinstance(exception, RayActorError | RayTaskError)
+    _hear_of_it(manager, tracked_actor_task, exception if known else RayActorError(error_msg=one_line(exception)))
 
 
 # Else a worker that Ray kills for want of memory ends the search: Tune knows no such error.
