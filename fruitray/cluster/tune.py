@@ -13,8 +13,9 @@ from typing import Any
 
 from ray import tune
 from ray.air.execution._internal import RayActorManager
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune.execution import class_cache
+from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler
 
 from fruitray.augment import VARIANTS
@@ -37,6 +38,7 @@ from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, ta
 
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
+SHORT_OF_MEMORY = "its node was short of memory, and Ray ended its worker; more --cpus-per-trial let fewer run at once"
 SAVED_S = 10.0
 """After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
 
@@ -49,8 +51,10 @@ class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PR
 
 
 def _worker_lost(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
-    known = isinstance(exception, RayActorError | RayTaskError)
-    _hear_of_it(manager, tracked_actor_task, exception if known else RayActorError(error_msg=one_line(exception)))
+    if not isinstance(exception, RayActorError | RayTaskError):
+        short = isinstance(exception, OutOfMemoryError)
+        exception = RayActorError(error_msg=SHORT_OF_MEMORY if short else one_line(exception))
+    _hear_of_it(manager, tracked_actor_task, exception)
 
 
 # Else a worker that Ray kills for want of memory ends the search: Tune knows no such error.
@@ -74,7 +78,7 @@ def run(config: TuneConfig) -> str:
         for package in initial.values():
             gpu = config.gpus_per_trial > 0
             ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
-    found = sorted((_row(result) for result in _search(config, out, index.sha256)), key=lambda pair: rank(pair[0]))
+    found = sorted((_row(tried) for tried in _search(config, out, index.sha256)), key=lambda pair: rank(pair[0]))
     rows = [row for row, _ in found]
     out.write("trials.parquet", parquet(table(rows)))
     show_trials(rows)
@@ -115,8 +119,8 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
     return {network.backbone: found[network.backbone] for network in had if network.frozen}
 
 
-def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[tune.Result]:
-    """The results of all trials; those that an earlier, broken run finished are not run again."""
+def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
+    """All trials, ended; those that an earlier, broken run finished are not run again."""
     shared = {"index": config.index, "out": out.uri, "folds": config.folds, "cpus": config.cpus_per_trial}
     space: dict[str, Any] = {**shared, "index_sha256": index_sha256, "gpu": config.gpus_per_trial > 0}
     total = config.trials
@@ -150,7 +154,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[tune.Re
             ),
         )
     with progress("tune", total, "trials", in_logs=False):
-        return list(tuner.fit())
+        return list(tuner.fit()._experiment_analysis.trials)  # its results do not know which trial never reported
 
 
 def _asha(config: TuneConfig) -> ASHAScheduler:
@@ -192,24 +196,25 @@ def plain(number: int, trial: Trial) -> dict[str, Any]:
     return {"number": number, "axis": trial.axis, "model": asdict(trial.model), "fit": asdict(trial.fit)}
 
 
-def _row(result: tune.Result) -> tuple[dict[str, Any], dict[str, Any]]:
+def _row(tried: Tried) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row of `SCHEMA`, and what of the trial `best.json` keeps."""
-    chosen, measured = result.config["trial"], result.metrics or {}
+    chosen, measured = tried.config["trial"], tried.last_result or {}
     known = {**chosen["fit"], **chosen["model"], "axis": chosen["axis"], **measured, "trial": chosen["number"]}
     row = {name: known.get(name) for name in SCHEMA.names}
     if measured.get("epochs"):
         row["right"] = unpack(measured["right"], measured["photos"])
     else:
         row |= {"accuracy": None, "epochs": 0}
-    if not row["error"] and (result.error or not row["epochs"]):
-        row["error"] = _end(result.error)
+    if not row["error"] and (tried.status == Tried.ERROR or not row["epochs"]):
+        row["error"] = _end(tried)
     return row, {"model": chosen["model"], "fit": chosen["fit"]}
 
 
-def _end(error: Exception | str | None) -> str:
+def _end(tried: Tried) -> str:
     """Why a trial ended that could not say so itself; Ray tells it last."""
-    lines = str(error or "it has not begun").strip().splitlines()
-    return str((isinstance(error, Exception) and find_ours(error)) or textwrap.shorten(lines[-1], LONGEST))
+    error = tried.get_pickled_error()
+    lines = str(error or tried.get_error() or "it has not begun").strip().splitlines()
+    return str(find_ours(error) or textwrap.shorten(lines[-1], LONGEST))
 
 
 class _Ends(tune.Callback):  # type: ignore[misc]
@@ -262,8 +267,7 @@ class _Lines(tune.Callback):  # type: ignore[misc]
         self._line(trials, trial, said)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        said = trial.last_result.get("error") or find_ours(trial.get_pickled_error()) or "its worker was lost"
-        self._line(trials, trial, f"failed: {said}")
+        self._line(trials, trial, f"failed: {trial.last_result.get('error') or _end(trial)}")
 
     def _line(self, trials: list[Any], trial: Any, text: str) -> None:
         self._last = time.monotonic()

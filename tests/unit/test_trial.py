@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from ray import tune
 from ray.exceptions import RayActorError
+from ray.tune.experiment import Trial as Tried
 
 from fruitray.cluster.trial import LONGEST, reason, train
 from fruitray.cluster.tune import _row, plain
@@ -58,10 +58,15 @@ def test_a_trial_whose_index_was_prepared_anew_ends(tmp_path: Path) -> None:
         next(train(space(tmp_path, 0) | {"index_sha256": "another"}))
 
 
-def row(metrics: dict[str, Any] | None, error: Exception | str | None = None) -> dict[str, Any]:
+def row(last_result: dict[str, Any] | None, error: Exception | str | None = None) -> dict[str, Any]:
     """What the table says of a trial that ended so."""
-    result = SimpleNamespace(config={"trial": TRIAL}, metrics=metrics, error=error)
-    found, chosen = _row(cast(tune.Result, result))
+    told = {
+        "get_error": lambda: str(error) if error else None,
+        "get_pickled_error": lambda: error if isinstance(error, Exception) else None,
+    }
+    status = Tried.ERROR if error else Tried.TERMINATED
+    tried = SimpleNamespace(config={"trial": TRIAL}, last_result=last_result, status=status, **told)
+    found, chosen = _row(cast(Tried, tried))
     assert chosen == {"model": asdict(CONFIG), "fit": asdict(FIT)}
     assert found["trial"] == 3
     return found
