@@ -5,7 +5,7 @@ import logging
 import textwrap
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -50,16 +50,21 @@ logging.getLogger("ray.tune.execution.tune_controller").addFilter(
 class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
-def _worker_lost(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
-    if not isinstance(exception, RayActorError | RayTaskError):
-        short = isinstance(exception, OutOfMemoryError)
-        exception = RayActorError(error_msg=SHORT_OF_MEMORY if short else one_line(exception))
-    _hear_of_it(manager, tracked_actor_task, exception)
+def _as_death(hear: Callable[..., None]) -> Callable[..., None]:
+    """Tells `hear`, of Tune's manager of actors, of a worker's death where an error is of another kind, such as when Ray
+    kills it for want of memory: else that ends the search."""
+
+    def told(manager: RayActorManager, *, exception: Exception, **whose: Any) -> None:
+        if not isinstance(exception, RayActorError | RayTaskError):
+            short = isinstance(exception, OutOfMemoryError)
+            exception = RayActorError(error_msg=SHORT_OF_MEMORY if short else one_line(exception))
+        hear(manager, exception=exception, **whose)
+
+    return told
 
 
-# Else a worker that Ray kills for want of memory ends the search: Tune knows no such error.
-_hear_of_it = RayActorManager._actor_task_failed
-RayActorManager._actor_task_failed = _worker_lost
+for _name in ("_actor_start_failed", "_actor_task_failed"):
+    setattr(RayActorManager, _name, _as_death(getattr(RayActorManager, _name)))
 
 
 def run(config: TuneConfig) -> str:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.cluster.tune import SHORT_OF_MEMORY
 from fruitray.errors import TrialsFailedError
 from fruitray.index import read_index
 from fruitray.storage import open_storage
@@ -110,6 +111,16 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     epochs = [report["epochs"] for report in _reports(place)[-1]]
     assert epochs.count(1) == 1, "it must go on from a checkpoint, not from the start"
     assert epochs[-1] == 250
+
+
+def test_a_trial_that_ray_kills_for_want_of_memory_says_so(cluster: Cluster, place: str) -> None:
+    command = _tune(place, "--backbones", "cnn", "--trials", "2", "--epochs", "1", *SMALL)
+    code, printed = end_of(cluster.start_apart(*command, cpus=2, RAY_memory_usage_threshold="0.01"))
+    assert (code, "Traceback" in printed) == (TrialsFailedError.exit_code, False), printed
+    assert [row["error"] == SHORT_OF_MEMORY for row in _rows(place)] == [True, True], printed
+    code, printed = cluster.run(*command)
+    assert code == 0, printed
+    assert [row["error"] for row in _rows(place)] == [None, None]
 
 
 def test_cross_validation_holds_out_every_photo_once(cluster: Cluster, place: str, weights: Path) -> None:
