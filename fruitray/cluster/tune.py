@@ -51,8 +51,8 @@ class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PR
 
 
 def _as_death(hear: Callable[..., None]) -> Callable[..., None]:
-    """Tells `hear`, of Tune's manager of actors, of a worker's death where an error is of another kind, such as when Ray
-    kills it for want of memory: else that ends the search."""
+    """Tells `hear`, of Tune's manager of actors, of a worker's death where an error is of another kind, as where one is
+    killed for want of memory: else that ends the search."""
 
     def told(manager: RayActorManager, *, exception: Exception, **whose: Any) -> None:
         if not isinstance(exception, RayActorError | RayTaskError):
