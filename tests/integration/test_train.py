@@ -133,7 +133,8 @@ def _train_with(
 
         def fit(self) -> None:
             if failure := next(failures, None):
-                raise ray.train.WorkerGroupError("lost", {0: failure})
+                lost = ray.train.WorkerGroupError("lost", {0: failure})
+                raise failure if isinstance(failure, ray.train.ControllerError) else lost
 
     monkeypatch.setattr(train, "_trainer", Workers)
     with suppress(ray.train.WorkerGroupError, TryAgainError, GpuFullError):
@@ -166,6 +167,7 @@ def test_what_would_fail_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
 
     assert tried(DivergedError(1, float("nan"))) == 1
     assert tried(ActorDiedError()) == tried(TryAgainError("s3://fruit", "busy")) == 1 + train.FAILURES
+    assert tried(ray.train.ControllerError(ActorDiedError())) == 1 + train.FAILURES
     assert tried(ActorDiedError(), gets_on=True) == 1 + 2 * train.FAILURES
 
 
