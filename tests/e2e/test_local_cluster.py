@@ -21,7 +21,7 @@ import pytest
 from fruitray.commit import verify
 from fruitray.s3server import HOST, find_binary
 from fruitray.storage import open_storage
-from tests.cluster import PATIENCE_S, RAY, ROOT, submit, wait_for
+from tests.cluster import PATIENCE_S, ROOT, submit, wait_for
 from tests.integration.conftest import SCORED, fill_scorable, score_arguments
 
 GCS, DASHBOARD, S3 = 0, 1, 5
