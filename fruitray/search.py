@@ -109,8 +109,12 @@ def draw_trials(config: TuneConfig) -> list[Trial]:
     """The trials of `random`, `grid` or `sweep`, no two of them equal; equal configs draw equal trials."""
     if config.search == "random":
         draws, compared = Draws(config.fit.seed), networks(config)
-        drawn = (Trial(*settings(config, compared[n % len(compared)], draws)) for n in range(DRAWN * config.trials))
-        return list(dict.fromkeys(drawn))[: config.trials]
+        found: dict[Trial, None] = {}
+        for number in range(DRAWN * config.trials):
+            found[Trial(*settings(config, compared[number % len(compared)], draws))] = None
+            if len(found) == config.trials:
+                break
+        return list(found)
     return list(dict.fromkeys((_grid if config.search == "grid" else _sweep)(config)))
 
 

@@ -1,6 +1,5 @@
 """Behaviour of the training loop, over toys of a few numbers."""
 
-import io
 import shutil
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from fruitray.errors import DivergedError
 from fruitray.fit import Epoch, Pause, evaluate, fit, fit_with_pauses
 from fruitray.metrics import confusion
 from fruitray.preprocess import Preprocessing
+from tests.unit.runs import through_a_file
 
 CPU = torch.device("cpu")
 PLAIN = FitConfig(epochs=6, batch_size=16, learning_rate=0.02, patience=6, label_smoothing=0.0)
@@ -55,13 +55,6 @@ def training(module: nn.Module, config: FitConfig = PLAIN, **settings: Any) -> I
 
 def weights(module: nn.Module) -> dict[str, list[Any]]:
     return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    loaded: dict[str, Any] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    return loaded
 
 
 def measured(epoch: Epoch) -> tuple[Any, ...]:

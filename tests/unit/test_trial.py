@@ -1,6 +1,5 @@
 """One trial in this process: where it goes on from, and what is said of how it ended."""
 
-import io
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, OutputConflictError, TryAgainError
 from fruitray.index import read_index
 from fruitray.search import Trial
-from tests.unit.runs import CONFIG, write_photos_and_index
+from tests.unit.runs import CONFIG, through_a_file, write_photos_and_index
 
 FIT = FitConfig(epochs=2, batch_size=4, learning_rate=1e-3)
 TRIAL = plain(3, Trial(CONFIG, FIT))
@@ -30,15 +29,6 @@ def space(folder: Path, folds: int) -> dict[str, Any]:
     return {**known, "folds": folds, "cpus": 1, "gpu": False, "trial": TRIAL}
 
 
-def kept(state: dict[str, Any]) -> dict[str, Any]:
-    """What is read of a checkpoint."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    read: dict[str, Any] = torch.load(file, weights_only=True)
-    return read
-
-
 def timeless(measured: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in measured.items() if name not in ("seconds", "images_per_s", "peak_memory")}
 
@@ -46,7 +36,7 @@ def timeless(measured: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("folds", [0, 2])
 def test_a_trial_that_goes_on_from_any_epoch_ends_as_an_undisturbed_one(tmp_path: Path, folds: int) -> None:
     whole = space(tmp_path, folds)
-    told = [(timeless(measured), kept(state)) for measured, state in train(whole)]
+    told = [(timeless(measured), through_a_file(state)) for measured, state in train(whole)]
     assert len(told) == FIT.epochs * max(1, folds)
     for done, (_, state) in enumerate(told, start=1):
         rest = [timeless(measured) for measured, _ in train(whole, state)]
