@@ -88,9 +88,12 @@ def mlp(size: int) -> tuple[nn.Module, Head]:
 
 
 def cnn(size: int) -> tuple[nn.Module, Head]:
-    """The report's network: two 5x5 convolutions with pooling, then 120 and 84 units with two dropout layers."""
+    """The report's network: two 5x5 convolutions with pooling, then 120 and 84 units with two dropout layers.
+
+    Pooling stands before ReLU, which gives the same and then has a quarter of the work.
+    """
     side = ((size - 4) // 2 - 4) // 2
-    convolutions = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    convolutions = [nn.Conv2d(3, 6, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU()]
     trunk = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * side * side, 120), nn.ReLU())
     return trunk, Head(features=120, hidden=84, dropout=0.5)
 
