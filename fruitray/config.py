@@ -22,6 +22,8 @@ AUGMENTATIONS = (*FIXED_AUGMENTATIONS, "report", "crop", "jitter", "jpeg", "eras
 """The steps that a policy joins with `+`; what each does stands in `augment.py`."""
 SCRATCH = ("mlp", "cnn", "cnn_bn")
 """Backbones that nobody has weights for: always trained whole, from random weights."""
+NORMALISED = ("resne", "regnet", "densenet", "efficient", "mobile", "mnas", "shuffle", "inception", "googlenet", "_bn")
+"""Parts of the names of networks that batch norm holds together."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -258,13 +260,14 @@ RECIPES: dict[Recipe, FitConfig] = {
 
 
 def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
-    """A learning rate to start from, where none is given: the smallest where no batch norm holds a network together."""
-    if model.backbone in ("mlp", "cnn"):
-        rate = 1e-4
-    elif model.backbone == "cnn_bn":
+    """A learning rate to start from, where none is given: the smallest for a whole network that no batch norm holds
+    together, as vgg16, or that, as far as its name tells, may be such a one, as vit_b_16."""
+    if model.backbone == "cnn_bn":
         rate = 3e-3
-    else:
+    elif model.frozen or any(part in model.backbone for part in NORMALISED):
         rate = 1e-3
+    else:
+        rate = 1e-4
     return 20 * rate if optimizer == "sgd" else rate
 
 
