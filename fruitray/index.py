@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
         field("phash", pa.string(), "64-bit perceptual hash, as hex"),
         field("thumbnail", pa.binary(3 * THUMBNAIL**2), f"{THUMBNAIL} x {THUMBNAIL} pixels RGB, row by row"),
         field("bytes", pa.int64(), "size of the file"),
-        field("sha256", pa.string(), "of the file's bytes"),
+        field("sha256", pa.string(), "of the file's bytes; where they cannot be had, of those it had before"),
         field("etag", pa.string(), "the storage's name for this version of the file"),
     ]
 )

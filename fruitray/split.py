@@ -21,7 +21,7 @@ from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
-from fruitray.index import SCHEMA, Pool
+from fruitray.index import FACTS, SCHEMA, Pool
 from fruitray.rules import spare_copies, wrong_size
 
 Ints = NDArray[np.int64]
@@ -66,10 +66,14 @@ def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = No
     Raises:
         UsageError: a class has too few photos for the folds; with the count.
     """
-    facts = facts.sort_by("uri")
+    earlier = earlier if earlier is not None else SCHEMA.empty_table()
+    facts = _remembered(facts.sort_by("uri"), earlier)
+    was = _seats(facts, earlier, config.folds)
     (usable,) = np.nonzero(pc.and_(pc.equal(facts["status"], "ok"), pc.is_valid(facts["label"])).to_numpy())
-    decided = _decide_photos(facts.take(usable), config, earlier if earlier is not None else SCHEMA.empty_table())
-    columns = {name: _spread(values, usable, facts.num_rows) for name, values in decided.items()}
+    decided = _decide_photos(facts.take(usable), config, earlier, was[usable])
+    nothing = np.full(facts.num_rows, None, dtype=object)
+    columns = {name: _spread(values, usable, nothing) for name, values in decided.items()}
+    columns["dealt"] = _spread(decided["dealt"], usable, was)  # the others keep theirs: they may be photos again
     unlabelled = pc.and_(pc.equal(facts["status"], "ok"), pc.is_null(facts["label"])).to_numpy()
     columns["excluded"][unlabelled] = "no_label"
     table = facts.append_column("odd", odd_ones(facts))
@@ -78,16 +82,23 @@ def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = No
     return table.select(SCHEMA.names).cast(SCHEMA)
 
 
-def _spread(values: Objects, places: Ints, length: int) -> Objects:
-    """`values` at their `places` among `length`, None elsewhere."""
-    result = np.full(length, None, dtype=object)
+def _spread(values: Objects, places: Ints, others: Objects) -> Objects:
+    """`others`, with `values` at their `places`."""
+    result = others.copy()
     result[places] = values
     return result
 
 
-def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -> dict[str, Objects]:
+def _remembered(facts: pa.Table, earlier: pa.Table) -> pa.Table:
+    """`facts`, where a file that cannot be read now has the hash that an `earlier` index knows of it."""
+    hashes = earlier["sha256"].take(pc.index_in(facts["uri"], earlier["uri"]))
+    return facts.set_column(
+        facts.column_names.index("sha256"), FACTS.field("sha256"), pc.coalesce(facts["sha256"], hashes)
+    )
+
+
+def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table, was: Objects) -> dict[str, Objects]:
     """The columns excluded, group, split, fold and dealt of readable, labelled photos."""
-    was = _seats(photos, earlier, config.folds)
     duplicates = find_duplicates(photos, config.near_duplicates)
     excluded, groups = _leave_out(photos, config, earlier, duplicates, was)
     free = ~excluded.astype(bool)
@@ -108,7 +119,7 @@ def _decide_photos(photos: pa.Table, config: PrepareConfig, earlier: pa.Table) -
 
 
 def _leave_out(
-    photos: pa.Table, config: PrepareConfig, earlier: pa.Table, duplicates: Duplicates, was: Sequence[str | None]
+    photos: pa.Table, config: PrepareConfig, earlier: pa.Table, duplicates: Duplicates, was: Objects
 ) -> tuple[Objects, Ints]:
     """(N,) why a photo is in no split, None for others; (N,) its group, -1 where it conflicts or leaks."""
     labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
@@ -136,18 +147,17 @@ def _file(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(table["sha256"], table["uri"], " ")
 
 
-def _seats(photos: pa.Table, earlier: pa.Table, folds: int) -> list[str | None]:
+def _seats(photos: pa.Table, earlier: pa.Table, folds: int) -> Objects:
     """(N,) the split that each content was dealt before, and the fold after a slash; without it if the `earlier` index
     had not so many: another number of folds is dealt anew."""
     dealt = earlier.filter(pc.is_valid(earlier["dealt"]))
     seats = dealt["dealt"]
     if pc.max(dealt["fold"]).as_py() != folds - 1:
         seats = pc.replace_substring_regex(seats, "/.*", "")
-    found: list[str | None] = seats.take(pc.index_in(photos["sha256"], dealt["sha256"])).to_pylist()
-    return found
+    return _objects(seats.take(pc.index_in(photos["sha256"], dealt["sha256"])).to_pylist())
 
 
-def _torn(duplicates: Duplicates, out: Bools, was: Sequence[str | None]) -> Bools:
+def _torn(duplicates: Duplicates, out: Bools, was: Objects) -> Bools:
     """(N,) new photos, not of those `out`, that would join groups which an earlier index put into different splits or
     folds; and all of a group that is torn without them."""
     old = np.array([seat is not None for seat in was], dtype=bool)
@@ -163,7 +173,7 @@ def _torn(duplicates: Duplicates, out: Bools, was: Sequence[str | None]) -> Bool
     return leak
 
 
-def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Sequence[str | None]) -> dict[int, Group]:
+def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Objects) -> dict[int, Group]:
     """Each group that has photos to place, by its number, where an earlier index put it."""
     found: dict[int, Group] = {}
     columns = (photos["label"].to_pylist(), photos["sha256"].to_pylist(), was)

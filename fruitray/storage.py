@@ -90,7 +90,7 @@ class Storage(ABC):
         nothing, as objects appear there when they are complete."""
 
     def creates_once(self, probe: str) -> bool:
-        """Whether `create` is atomic here, found by trying it twice on the key `probe`, which stays."""
+        """Whether `create` is atomic here, found by trying it on the key `probe`, which may stay."""
         self.create(probe, b"")
         return not self.create(probe, b"")
 
@@ -132,20 +132,26 @@ class LocalStorage(Storage):
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         path = os.path.join(self.uri, folder)
-        if folder and not os.path.isdir(path):
-            return
-        with _errors(path):
-            items = sorted(os.scandir(path), key=lambda item: item.name)
+        try:
+            with _errors(path):
+                items = sorted(os.scandir(path), key=lambda item: item.name)
+        except NotFoundError:  # there is no such prefix, or it was deleted meanwhile
+            if folder:
+                return
+            raise
+        except AccessDeniedError:
+            if os.path.basename(folder)[:1] == ".":  # as the bin of another user, at the root of a disk
+                return
+            raise
         for item in items:
             key = f"{folder}/{item.name}" if folder else item.name
-            if item.is_dir(follow_symlinks=False):
+            status = _status(item)
+            if status is None or _TEMPORARY.match(item.name):
+                continue
+            if stat.S_ISDIR(status.st_mode):
                 yield from self._walk(key)
-            elif not _TEMPORARY.match(item.name):
+            else:
                 _require_utf8(self.uri, key)
-                try:
-                    status = item.stat(follow_symlinks=False)
-                except FileNotFoundError:  # deleted meanwhile
-                    continue
                 yield _entry(key, status)
 
     def folders(self) -> Iterator[str]:
@@ -175,10 +181,17 @@ class LocalStorage(Storage):
             return False
         with self._complete_file(key, data) as temporary:
             try:
-                os.link(temporary, self.uri_of(key))
+                if _link(temporary, self.uri_of(key)):
+                    return True
             except FileExistsError:
                 return False
+            os.replace(temporary, self.uri_of(key))
         return True
+
+    def creates_once(self, probe: str) -> bool:
+        with self._complete_file(probe, b"") as one, self._complete_file(probe, b"") as other:
+            os.unlink(other)
+            return _link(one, other)
 
     def delete(self, key: str) -> None:
         with suppress(NotFoundError), _errors(self.uri_of(key)):
@@ -210,7 +223,28 @@ class LocalStorage(Storage):
                 temporary.unlink(missing_ok=True)
 
 
+def _link(path: str, other: str) -> bool:
+    """Give a file `other` as a second name, if nothing has it; False where the file system has no hard links, as FAT
+    and many a bucket that is mounted as a folder."""
+    try:
+        os.link(path, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return False
+    return True
+
+
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.fruitray-tmp$")
+
+
+def _status(item: os.DirEntry[str]) -> os.stat_result | None:
+    """None: deleted meanwhile."""
+    try:
+        with _errors(item.path):
+            return item.stat(follow_symlinks=False)
+    except NotFoundError:
+        return None
 
 
 def _entry(key: str, status: os.stat_result) -> Entry:
@@ -227,7 +261,7 @@ def _require_utf8(root: str, key: str) -> None:
         raise StorageError(f"{root}/{shown}", "has a name that is not UTF-8: rename it") from error
 
 
-_LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EIO)
 
 
 @contextmanager

@@ -577,6 +577,22 @@ def test_a_file_that_became_a_copy_of_a_kept_photo_does_not_replace_it() -> None
     assert later["/p/apple/z.jpg"]["split"] == rows_of(earlier)["/p/apple/z.jpg"]["split"]
 
 
+def test_a_photo_that_could_not_be_read_or_had_no_folder_for_a_while_goes_back_to_its_side() -> None:
+    old = [*singles("apple", 60), *singles("pear", 60)]
+    first = index_of(old, val_fraction=0.3, test_fraction=0.1, folds=3)
+    bad = [
+        broken("apple", row["uri"].rpartition("/")[2], code)
+        for row, code in zip(old[:30], ["E_TIMEOUT"] * 15 + ["E_SRC_GONE"] * 15, strict=True)
+    ]
+    homeless = [row | {"label": None} for row in old[30:60]]
+    second = index_of(
+        [*bad, *homeless, *singles("apple", 60, 60), *old[60:]], first, val_fraction=0.3, test_fraction=0.1, folds=3
+    )
+    assert len(places(second)) == 120
+    third = index_of([*old, *singles("apple", 60, 60)], second, val_fraction=0.3, test_fraction=0.1, folds=3)
+    assert places(third).items() >= places(first).items()
+
+
 @pytest.mark.parametrize(("before", "after"), [(5, 3), (3, 5), (5, 0), (0, 4)])
 def test_another_number_of_folds_is_dealt_evenly(before: int, after: int) -> None:
     rows = [*singles("apple", 60), *singles("pear", 45)]
