@@ -1,5 +1,7 @@
 """Facts about each file, and what they say about the set. Nothing is decided here; `rules.py` and `split.py` decide."""
 
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,26 +80,30 @@ def majority_size(photos: pa.Table) -> tuple[int, int] | None:
 # ---- the set in tables
 
 
-def crosstab(table: pa.Table, row: str, column: str) -> list[dict[str, Any]]:
-    """Counts of each value of `row` (a line each, the commonest first) by value of `column` (sorted), and of `all`."""
+def crosstab(table: pa.Table, row: str, column: str, lines: int | None = None) -> list[dict[str, Any]]:
+    """Counts of each value of `row` (a line each, the commonest first, `lines` at most) by value of `column` (sorted),
+    and of `all`."""
     counts = table.select([row, column]).group_by([row, column]).aggregate([([], "count_all")]).to_pylist()
     names = {
         value: f"{value} " if value in (row, "all") else value or "" for value in {line[column] for line in counts}
     }
-    lines: dict[str, dict[str, int]] = {}
+    columns = sorted(names.values())
+    totals: Counter[str] = Counter()
     for line in counts:
-        cells = lines.setdefault(line[row] or "(none)", dict.fromkeys([*sorted(names.values()), "all"], 0))
-        cells[names[line[column]]] += line["count_all"]
-        cells["all"] += line["count_all"]
-    order = sorted(lines, key=lambda name: (-lines[name]["all"], name))
-    return [{row: name, **lines[name]} for name in order]
+        totals[line[row] or "(none)"] += line["count_all"]
+    order = sorted(totals, key=lambda name: (-totals[name], name))[:lines]
+    found = {name: {row: name, **dict.fromkeys(columns, 0), "all": totals[name]} for name in order}
+    for line in counts:
+        if cells := found.get(line[row] or "(none)"):
+            cells[names[line[column]]] += line["count_all"]
+    return list(found.values())
 
 
-def sizes(table: pa.Table) -> list[dict[str, Any]]:
+def sizes(table: pa.Table, lines: int | None = None) -> list[dict[str, Any]]:
     """How many photos of each class have each size, the commonest size first: the report's Figure 2."""
     photos = table.filter(pc.equal(table["status"], "ok"))
     sides = [pc.cast(photos[side], pa.string()) for side in ("width", "height")]
-    return crosstab(photos.append_column("size", pc.binary_join_element_wise(*sides, "x")), "size", "label")
+    return crosstab(photos.append_column("size", pc.binary_join_element_wise(*sides, "x")), "size", "label", lines)
 
 
 def odd_table(table: pa.Table) -> list[dict[str, Any]]:
@@ -138,6 +144,29 @@ def duplicate_groups(table: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
+def hints(table: pa.Table, root: str) -> list[str]:
+    """What looks wrong in how the folders below `root` lie, a sentence each."""
+    alike, inner = defaultdict(set), defaultdict(set)
+    labelled = table.filter(pc.is_valid(table["label"]))
+    for uri, label in zip(labelled["uri"].to_pylist(), labelled["label"].to_pylist(), strict=True):
+        alike[unicodedata.normalize("NFC", label).casefold().strip()].add(label)
+        folder, below, _ = uri[len(root) + len(label) + 2 :].partition("/")
+        inner[label].add(folder if below else "")
+    said = [
+        f"classes with nearly the same name: {', '.join(map(repr, sorted(some)))}"
+        for some in alike.values()
+        if len(some) > 1
+    ]
+    first, *others = inner.values() or [set()]
+    if others and all(found == first for found in others) and len(first) > 1 and "" not in first:
+        classes, folders = (", ".join(sorted(names)[:3]) for names in (inner, first))
+        said.append(
+            f"the classes are the first folders ({classes}), and each holds the same folders ({folders}): if those are the "
+            "classes, let --images name one of the first"
+        )
+    return said
+
+
 def summary(table: pa.Table) -> dict[str, Any]:
     """What `audit.json` says of an index (`index.SCHEMA`), in whatever order its rows are."""
     table = table.sort_by("uri")
@@ -149,7 +178,7 @@ def summary(table: pa.Table) -> dict[str, Any]:
         "files": table.num_rows,
         "photos": pc.sum(ok).as_py(),
         "classes": classes(table),
-        "sizes": sizes(table)[:LINES],
+        "sizes": sizes(table, LINES),
         "modes": crosstab(table.filter(ok), "mode", "label"),
         "formats": crosstab(table.filter(ok), "format", "label"),
         "odd": odd_table(table),

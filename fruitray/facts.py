@@ -12,7 +12,7 @@ from PIL import Image
 from fruitray.images import decode
 
 VERSION = 1
-"""To be raised when a fact is measured otherwise: an earlier index's facts are then measured anew."""
+"""To be raised when a fact is measured otherwise: an index of another version is refused."""
 THUMBNAIL = 6
 WORKING_SIDE = 1024
 """Pixels; sharpness is measured on the photo reduced to at most this, so that it compares between cameras."""

@@ -6,6 +6,8 @@ The format is told by content, never by name. Resizing and normalising come late
 """
 
 import io
+import os
+import platform
 import re
 import zlib
 from collections import deque
@@ -30,9 +32,11 @@ from fruitray.errors import (
     NotFoundError,
     StorageError,
 )
-from fruitray.storage import Entry, Storage
+from fruitray.storage import Entry, LocalStorage, Storage
 
 MAX_BYTES = 64 * 2**20
+MAX_AHEAD = 4 * MAX_BYTES
+"""Bytes that are fetched before they are asked for, at most."""
 MAX_PIXELS = 50_000_000
 MAX_SCAN_PIXELS = 1_000_000_000
 """Pixels times progressive scans: what a JPEG decoder has to walk through."""
@@ -113,14 +117,19 @@ def fetch(storage: Storage, entries: Sequence[Entry], threads: int = 16) -> Iter
     """Read each entry, many at once, in order. What is wrong with one object is its `ImageError`; a storage that fails
     as a whole raises (`TryAgainError`, `CredentialsError`, `EndpointError`)."""
     pool = ThreadPoolExecutor(threads)
+    window: deque[tuple[Future[bytes | ImageError], int]] = deque()
+    ahead = 0
     try:
-        window: deque[Future[bytes | ImageError]] = deque()
         for entry in entries:
-            window.append(pool.submit(_fetch_one, storage, entry))
-            if len(window) > 2 * threads:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
+            size = min(entry.size, MAX_BYTES)
+            while window and (len(window) > 2 * threads or ahead + size > MAX_AHEAD):
+                found, freed = window.popleft()
+                ahead -= freed
+                yield found.result()
+            window.append((pool.submit(_fetch_one, storage, entry), size))
+            ahead += size
+        for found, _ in window:
+            yield found.result()
     finally:
         pool.shutdown(cancel_futures=True)  # where a read fails for want of the store, the next ones would, as slowly
 
@@ -142,6 +151,19 @@ def _fetch_one(storage: Storage, entry: Entry) -> bytes | ImageError:
         raise
     except StorageError as error:
         return image_error("E_SRC_DENIED", error.reason)
+
+
+def require_seen(storage: Storage) -> None:
+    """To be asked where photos are gone: a machine that cannot see them must say so, and not call them gone.
+
+    Raises:
+        NotFoundError: this is a folder of which nothing is there.
+    """
+    storage.check()
+    if isinstance(storage, LocalStorage):
+        with os.scandir(storage.uri) as found:
+            if next(found, None) is None:
+                raise NotFoundError(storage.uri, f"is empty on {platform.node()}: is it not mounted there?")
 
 
 def image_error(code: str, detail: str = "") -> ImageError:

@@ -21,7 +21,7 @@ from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
-from fruitray.index import FACTS, SCHEMA, Pool
+from fruitray.index import FACTS, SCHEMA, Index
 from fruitray.rules import spare_copies, wrong_size
 
 Ints = NDArray[np.int64]
@@ -277,8 +277,7 @@ def _draw_folds(groups: Iterable[Group], config: PrepareConfig) -> None:
     """Give each group of train and val a fold, so that a class's photos are spread as evenly as groups allow."""
     totals: Counter[int] = Counter()
     for label, members in _by_class((g for g in groups if g.split != "test"), config.seed, "fold").items():
-        if len(members) < config.folds:
-            raise UsageError(f"--folds {config.folds}: class {label} has {len(members)} distinct photos for them")
+        _require_enough(label, len(members), config.folds)
         counts = Counter(dict.fromkeys(range(config.folds), 0))
         for group in sorted(members, key=lambda group: (group.fold is None, -group.size)):
             if group.fold is None:
@@ -306,17 +305,29 @@ def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = Fa
         raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {found}{why}")
 
 
-def cross_validation(pool: Pool, folds: int, seed: int) -> list[int]:
-    """Of each photo of `pool` the fold that holds it out, from 0: the index's own folds where it has as many, else
-    stratified ones that keep duplicates together."""
+def cross_validation(index: Index, folds: int, seed: int) -> list[int]:
+    """Of each photo of the index's pool the fold that holds it out, from 0: the index's own folds where it has as many,
+    else stratified ones that keep duplicates together.
+
+    Raises:
+        UsageError: a class has too few photos for the folds; with the count.
+    """
+    pool = index.pool()
     own = [fold for fold in pool.folds if fold is not None]
     if len(own) == len(pool.folds) and max(own) == folds - 1:
         return own
+    for number, count in sorted(Counter(number for number, _ in {*zip(pool.labels, pool.groups, strict=True)}).items()):
+        _require_enough(index.classes[number], count, folds)
     from sklearn.model_selection import StratifiedGroupKFold
 
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     numbers = np.zeros(len(pool.labels), dtype=np.int64)
     for fold, (_, held_out) in enumerate(split.split(pool.labels, pool.labels, pool.groups)):
         numbers[held_out] = fold
     found: list[int] = numbers.tolist()
     return found
+
+
+def _require_enough(label: str, photos: int, folds: int) -> None:
+    if photos < folds:
+        raise UsageError(f"--folds {folds}: class {label} has {photos} distinct photos for them")

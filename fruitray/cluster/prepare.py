@@ -15,7 +15,7 @@ import ray
 from ray import ObjectRef
 
 from fruitray import status
-from fruitray.audit import LINES, audit, summary
+from fruitray.audit import LINES, audit, hints, summary
 from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import require_room
 from fruitray.cluster.preflight import preflight
@@ -31,7 +31,7 @@ from fruitray.cluster.runtime import (
 from fruitray.config import PrepareConfig
 from fruitray.console import SHOWN, progress, say, show_table
 from fruitray.errors import NoInputError, UsageError
-from fruitray.images import is_hidden, list_images
+from fruitray.images import is_hidden, list_images, require_seen
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
@@ -111,9 +111,12 @@ def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | None]:
 
 
 def _audit_chunk(chunk: pa.Table) -> pa.Table:
-    storage = open_input(chunk["root"][0].as_py())  # a node that cannot see the photos must say so, not call them gone
+    storage = open_input(chunk["root"][0].as_py())  # a node that cannot see the photos must say so
     entries = [Entry(**row) for row in chunk.drop_columns("root").to_pylist()]
-    return pa.Table.from_pylist(list(audit(storage, entries, _isolated())), FACTS)
+    rows = list(audit(storage, entries, _isolated()))
+    if any(row.get("error_code") == "E_SRC_GONE" for row in rows):
+        require_seen(storage)
+    return pa.Table.from_pylist(rows, FACTS)
 
 
 @cache
@@ -128,7 +131,7 @@ def _finish(
     """Decide, write, and answer what is to be shown; `refused` says why there is only `audit.json` and no index."""
     images, out = open_input(config.images), open_output(config.out)
     table = decide(pa.concat_tables(ray.get(facts)), config, earlier)
-    found = summary(table) | counts
+    found = summary(table) | counts | {"hints": hints(table, images.uri)}
     try:
         require_splits(table, config, earlier=earlier is not None)
         claim(out, "prepare", config)
@@ -151,6 +154,8 @@ def _draw_augmentation(config: PrepareConfig) -> str:
 def _show(found: dict[str, Any]) -> None:
     say(f"{found['files']:,} files, {found['read']:,} read now; hidden files skipped: {found['skipped_hidden']}")
     show_table("photos by class and split", found["classes"], at_most=LINES)
+    for hint in found["hints"]:
+        say(f"look again: {hint}")
     for title, name in {
         "photos by size": "sizes",
         "photos by mode (L: grey)": "modes",

@@ -1,8 +1,6 @@
 """The workers of score: a shard in, its rows committed, their counts out."""
 
 import json
-import os
-import platform
 import threading
 import time
 from collections import Counter
@@ -26,8 +24,8 @@ from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
 from fruitray.engines import EngineName
-from fruitray.errors import ImageError, NotFoundError, OutputConflictError, TryAgainError, UsageError
-from fruitray.images import fetch
+from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
+from fruitray.images import fetch, require_seen
 from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
 from fruitray.machine import versions
@@ -244,19 +242,10 @@ class Scorer:
             yield found
         seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
         if gone and (seen or root in self._folders):
-            _require_seen(storage)
+            require_seen(storage)
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
         def square(found: Mapping[str, Any]) -> Square:
             return self._predictor.square(found["pixels"].transpose(2, 0, 1), found["width"], found["height"])
 
         return self._decoders.map(contents, square)
-
-
-def _require_seen(storage: Storage) -> None:
-    """A node that cannot see the photos must say so, not call them gone."""
-    storage.check()
-    if isinstance(storage, LocalStorage):
-        with os.scandir(storage.uri) as found:
-            if next(found, None) is None:
-                raise NotFoundError(storage.uri, f"is empty on {platform.node()}: is it not mounted there?")

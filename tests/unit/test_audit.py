@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from fruitray.audit import audit, crosstab, majority_size, odd_ones, sizes, summary
+from fruitray.audit import audit, crosstab, hints, majority_size, odd_ones, sizes, summary
+from fruitray.cluster.prepare import _audit_chunk
 from fruitray.config import PrepareConfig
+from fruitray.errors import NotFoundError
 from fruitray.images import list_images
 from fruitray.index import FACTS, label_of
 from fruitray.isolate import Isolated
@@ -78,6 +81,21 @@ def test_a_file_that_cannot_be_had_gets_its_row_too(storage: LocalStorage, isola
     rows = list(audit(storage, entries, isolated))
     assert [row.get("error_code") for row in rows] == ["E_SRC_GONE", "E_SYMLINK", None]
     assert [row["bytes"] for row in rows[:2]] == [7, 7]
+
+
+def test_where_the_photos_are_not_mounted_they_are_not_called_gone(storage: LocalStorage, tmp_path: Path) -> None:
+    gone = Entry("apple/gone.png", 7, "1")
+
+    def look(root: str) -> list[str]:
+        codes: list[str] = _audit_chunk(pa.Table.from_pylist([{"root": root, **asdict(gone)}]))[
+            "error_code"
+        ].to_pylist()
+        return codes
+
+    assert look(storage.uri) == ["E_SRC_GONE"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFoundError, match="is it not mounted"):
+        look(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +194,7 @@ def test_a_crosstab_goes_from_the_commonest_to_the_rarest_then_by_name() -> None
     ]
     assert [list(line) for line in crosstab(table, "kind", "label")] == [["kind", "", "x", "y", "all"]] * 4
     assert crosstab(table.slice(0, 0), "kind", "label") == []
+    assert crosstab(table, "kind", "label", 2) == crosstab(table, "kind", "label")[:2]
 
 
 def test_a_class_may_be_named_as_a_crosstabs_own_columns_are() -> None:
@@ -183,6 +202,23 @@ def test_a_class_may_be_named_as_a_crosstabs_own_columns_are() -> None:
     lines = crosstab(table, "size", "label")
     assert [(line["size"], line["all"]) for line in lines] == [("1x1", 2), ("2x2", 1)]
     assert [sorted(map(str, line.values())) for line in lines] == [["1", "1", "1x1", "2"], ["0", "1", "1", "2x2"]]
+
+
+def test_folders_that_may_not_be_the_classes_are_hinted_at() -> None:
+    def said(*keys: str) -> list[str]:
+        rows = [photo(label_of(key), look, uri=key) for look, key in enumerate(keys)]
+        return hints(facts([*rows, broken(None, "notes.txt")]), "/p")
+
+    assert said("apple/1.jpg", "pear/2.jpg", "pear/far/down/3.jpg") == []
+    assert said("red/2019/1.jpg", "red/2020/2.jpg", "green/2020/3.jpg") == []
+    [hint] = said(*(f"{split}/{label}/{split}.jpg" for split in ("train", "test") for label in ("apple", "pear")))
+    assert "test, train" in hint
+    assert "apple, pear" in hint
+    one, other, another = "cr\u00e8me", "cre\u0300me", "Creme"
+    [hint] = said(*(f"{label}/{number}.jpg" for number, label in enumerate([one, other, another, "creme ", "apple"])))[
+        :1
+    ]
+    assert all(repr(label) in hint for label in (one, other))
 
 
 def test_the_size_table_is_the_reports_figure_2() -> None:

@@ -28,7 +28,7 @@ from fruitray.errors import (
     StorageError,
     TryAgainError,
 )
-from fruitray.images import CODES, MAX_BYTES, decode, fetch, list_images
+from fruitray.images import CODES, MAX_AHEAD, MAX_BYTES, decode, fetch, list_images
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, LocalStorage, Storage
 from tests.unit.photos import (
@@ -419,6 +419,15 @@ def test_what_is_fetched_comes_in_order(tmp_path: Path, count: int) -> None:
     storage = files(tmp_path, *(f"{number:03d}.jpg" for number in range(count)))
     entries, _ = list_images(storage)
     assert list(fetch(storage, entries, threads=3)) == [entry.key.encode() for entry in entries]
+
+
+def test_no_more_is_fetched_ahead_than_memory_has_room_for() -> None:
+    storage = Keys()
+    found = fetch(storage, [Entry(f"{number}.jpg", MAX_AHEAD // 4, "v1") for number in range(20)])
+    for taken in range(1, 10):
+        next(found)
+        assert len(storage.reads) <= taken + 4
+    assert len(list(found)) == 11
 
 
 def test_what_is_too_big_or_no_file_is_never_fetched() -> None:
