@@ -161,8 +161,8 @@ def hints(table: pa.Table, root: str) -> list[str]:
     if others and all(found == first for found in others) and len(first) > 1 and "" not in first:
         classes, folders = (", ".join(sorted(names)[:3]) for names in (inner, first))
         said.append(
-            f"the classes are the first folders ({classes}), and each holds the same folders ({folders}): if those are the "
-            "classes, let --images name one of the first"
+            f"the classes are the first folders ({classes}), and each holds the same folders ({folders}): if those are "
+            "the classes, let --images name one of the first"
         )
     return said
 

@@ -1,5 +1,6 @@
 """What a person reads of a trained model: its evaluation on the console, and its model card."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -7,6 +8,7 @@ from typing import Any
 
 from fruitray.backbones import Classifier, parameter_counts, trained_part
 from fruitray.config import ModelConfig
+from fruitray.confusions import confusion_table
 from fruitray.console import say, show_table
 from fruitray.evaluation import Evaluation
 
@@ -16,19 +18,15 @@ FILE = "README.md"
 def show_evaluation(evaluation: Evaluation) -> None:
     """Per class, confusion, the first of the worst mistakes, calibration, threshold; the accuracy last."""
     show_table("validation photos, by class", [asdict(each) for each in evaluation.classes])
-    show_table("confusion on the validation photos: true classes down, predicted across", _confusion(evaluation))
+    show_table(*_confusion(evaluation))
     show_table("the most confident mistakes", [asdict(each) for each in evaluation.mistakes], at_most=5)
     for line in reversed(_sentences(evaluation)):
         say(line)
 
 
-def _confusion(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A row per true class: its name, its counts, and the share that was found."""
-    names = [each.label for each in evaluation.classes]
-    return [
-        {"": each.label, **dict(zip(names, counts, strict=True)), "recall": each.recall}
-        for each, counts in zip(evaluation.classes, evaluation.confusion, strict=True)
-    ]
+def _confusion(evaluation: Evaluation) -> tuple[str, list[dict[str, Any]]]:
+    names, found = [each.label for each in evaluation.classes], [each.recall for each in evaluation.classes]
+    return confusion_table(names, evaluation.confusion, found)
 
 
 def _sentences(evaluation: Evaluation) -> list[str]:
@@ -58,9 +56,9 @@ def model_card(
 
     `facts` are those of package.json; `uri` is where the package lies.
     """
-    classes = [each.label for each in evaluation.classes]
+    title, confusion = _confusion(evaluation)
     parts = [
-        f"# {config.backbone}: {', '.join(classes)}",
+        f"# {config.backbone}: {', '.join(_cell(each.label) for each in evaluation.classes)}",
         "Tells of a photo which of these classes it shows. Written by fruitray when the model was trained; all figures "
         "are that run's, on its validation photos.",
         "## Model",
@@ -73,8 +71,8 @@ def model_card(
         "## Evaluation",
         "\n".join(f"- {sentence}" for sentence in _sentences(evaluation)),
         _table([asdict(each) for each in evaluation.classes]),
-        "Confusion, true classes down, predicted across:",
-        _table(_confusion(evaluation)),
+        f"{title[0].upper()}{title[1:]}:",
+        _table(confusion) if confusion else "None.",
         "`metrics.json` has these and more figures, and the most confident mistakes; `predictions.parquet` has every "
         "validation photo with its scores.",
         "## Use",
@@ -141,4 +139,4 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     said = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return " ".join(said.replace("|", "\\|").split())
+    return " ".join(re.sub(r"([\\`*\[\]<&|])", r"\\\1", said).split())

@@ -3,12 +3,12 @@
 A worker's lines, and how far it is, are for the driver to show: `tell` hands them on.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -52,12 +52,16 @@ def show_table(title: str, rows: Sequence[Mapping[str, Any]], at_most: int | Non
     if not rows:
         return
     screen = Console(highlight=False, stderr=_OUT.stderr, width=None if _OUT.is_terminal else LOG_WIDTH)
-    names, unbounded = list(rows[0]), screen.options.update(max_width=sys.maxsize)
-    table = _table(title, names, rows[:at_most])
-    while screen.measure(table, options=unbounded).maximum > screen.width and len(names) > 1:
-        names.pop()
-        table = _table(title, names, rows[:at_most])
-    screen.print(table)
+    names: list[str] = []
+    room = screen.width - 1
+    for name in rows[0]:
+        room -= 3 + max(
+            cell_len(line) for row in [{name: name}, *rows[:at_most]] for line in _cell(row[name]).split("\n")
+        )
+        if names and room < 0:
+            break
+        names.append(name)
+    screen.print(_table(title, names, rows[:at_most]))
     if left_out := list(rows[0])[len(names) :]:
         say(f"not shown, for want of room: {', '.join(left_out)}")
     if at_most is not None and len(rows) > at_most:

@@ -20,6 +20,7 @@ from fruitray.cluster.runtime import answer_of, beside_driver, open_input, open_
 from fruitray.cluster.scorer import STAGES, Work, score_shards
 from fruitray.commit import PLAN, Part, Plan, adopt_plan, is_finished, read_manifest, read_plan
 from fruitray.config import ScoreConfig, to_json
+from fruitray.confusions import confusion_table
 from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
 from fruitray.errors import TooManyBadImagesError
@@ -233,13 +234,8 @@ def measured(classes: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def show_measured(metrics: dict[str, Any]) -> None:
-    """The confusion, and the accuracy with its interval."""
-    classes = metrics["classes"]
-    rows = [
-        {"folder": name, **dict(zip(classes, counts, strict=True)), "recall": f"{recall:.4f}"}
-        for name, counts, recall in zip(classes, metrics["confusion"], metrics["recalls"], strict=True)
-    ]
-    show_table("folders against predictions", rows)
+    """The confusion, the folders being the true classes, and the accuracy with its interval."""
+    show_table(*confusion_table(metrics["classes"], metrics["confusion"], metrics["recalls"]))
     interval = f"{metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f}"
     say(f"score: accuracy {metrics['accuracy']:.4f} (95% interval {interval}) by folder, {metrics['photos']:,} photos")
 

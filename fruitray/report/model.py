@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fruitray.confusions import LARGEST_MATRIX, commonest
 from fruitray.errors import FruitrayError
 from fruitray.index import read_index
 from fruitray.report import charts
@@ -18,8 +19,6 @@ from fruitray.report.thumbnails import data_uri, thumbnails
 BINS = 10
 """Of the reliability diagram."""
 MISTAKES = 12
-LARGEST_MATRIX = 25
-"""Classes of a confusion matrix that still can be read."""
 
 
 def model(output: Output, index: Output | None) -> Section:
@@ -30,11 +29,7 @@ def model(output: Output, index: Output | None) -> Section:
     names = [row["label"] for row in metrics["classes"]]
     blocks: list[Block] = [*_learning(output, described["best_epoch"])]
     blocks.append(Table("by class, on the validation photos", metrics["classes"]))
-    if len(names) <= LARGEST_MATRIX:
-        blocks.append(Matrix("confusion: true classes down, predicted across", names, metrics["confusion"]))
-        blocks.append(Matrix("the same as shares of each row", names, metrics["confusion"], normalised=True))
-    else:
-        blocks.append(Table("the commonest confusions", _confused(names, metrics["confusion"])))
+    blocks += confusion_blocks(names, metrics["confusion"])
     blocks += _sureness(output, metrics)
     blocks += _mistakes(metrics["mistakes"], index)
     if sheet := _augmentation(output):
@@ -70,14 +65,14 @@ def _learning(output: Output, best: int) -> list[Block]:
     ]
 
 
-def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    pairs: list[dict[str, Any]] = [
-        {"is": names[row], "taken for": names[column], "photos": count, "of": sum(counts[row])}
-        for row in range(len(names))
-        for column, count in enumerate(counts[row])
-        if row != column and count
+def confusion_blocks(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[Block]:
+    """The matrix, in counts and in shares; of more classes than can be read so, the commonest confusions."""
+    if len(names) > LARGEST_MATRIX:
+        return [Table("the commonest confusions", commonest(names, counts))]
+    return [
+        Matrix("confusion: true classes down, predicted across", names, counts),
+        Matrix("the same as shares of each row", names, counts, normalised=True),
     ]
-    return sorted(pairs, key=lambda pair: -pair["photos"])[:30]
 
 
 def _sureness(output: Output, metrics: dict[str, Any]) -> list[Block]:

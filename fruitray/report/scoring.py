@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from fruitray.commit import Part, is_finished, read_manifest, read_plan
 from fruitray.errors import FruitrayError
 from fruitray.report import charts
-from fruitray.report.blocks import Block, Chart, Matrix, Section, Table, Text
-from fruitray.report.model import LARGEST_MATRIX
+from fruitray.report.blocks import Block, Chart, Section, Table, Text
+from fruitray.report.model import confusion_blocks
 from fruitray.report.outputs import SIGNS, Output
 
 PARTS = 64
@@ -93,9 +93,7 @@ def _right(metrics: Any) -> list[Block]:
         f"{metrics['photos']:,} photos lie in folders with a class's name, or are labelled in a list: accuracy "
         f"{metrics['accuracy']:.4f} (95% interval {metrics['accuracy_low']:.4f}-{metrics['accuracy_high']:.4f})."
     )
-    if len(metrics["classes"]) > LARGEST_MATRIX:
-        return [Text(said)]
-    return [Text(said), Matrix("folders down, predictions across", metrics["classes"], metrics["confusion"])]
+    return [Text(said), *confusion_blocks(metrics["classes"], metrics["confusion"])]
 
 
 def _drift(labels: Counter[str], sample: pa.Table, model: Output | None, model_id: str) -> list[Block]:

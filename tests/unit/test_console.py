@@ -38,6 +38,14 @@ def test_a_table_that_is_too_wide_loses_its_last_columns_and_says_which(capsys: 
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "not shown, for want of room: start, MiB"
     assert all(value in printed for value in ("0.9753", ("0.91 " * 20).strip()))
+
+
+def test_a_table_of_a_thousand_columns_takes_no_longer_than_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"class {number}" for number in range(1000)]
+    show_table("confusion", [dict.fromkeys(names, 1)] * 1000, at_most=5)
+    printed = capsys.readouterr().out
+    assert "class 3" in printed.splitlines()[2]
+    assert printed.splitlines()[-2].endswith("class 999")
     show_table("trials", [{"name": "x" * LOG_WIDTH}])  # one column stays, whatever it takes
     assert "xxx" in capsys.readouterr().out
 

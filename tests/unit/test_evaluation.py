@@ -16,6 +16,7 @@ from fruitray.backbones import Classifier, freeze
 from fruitray.batches import CPU
 from fruitray.card import model_card, show_evaluation
 from fruitray.config import FitConfig
+from fruitray.confusions import confusion_table
 from fruitray.evaluation import (
     Evaluation,
     calibration_error,
@@ -246,8 +247,24 @@ def test_the_card_and_the_console_tell_the_figures(capsys: pytest.CaptureFixture
     assert json.loads(found.to_json())["accuracy"] == found.accuracy
 
 
-def test_a_name_cannot_break_a_table_of_the_card() -> None:
-    found, _ = evaluated(*calibrated(50), names=("a|b", "two\nlines", "c", "d"))
+def test_a_name_cannot_break_the_card() -> None:
+    found, _ = evaluated(*calibrated(50), names=("a|b", "two\nlines", "<b>c</b>", "recall"))
     card = model_card(network(CONFIG), CONFIG, FACTS, found, "m")
     assert "a\\|b" in card
     assert "| two lines |" in card
+    assert "<b>" not in card.replace("\\<", "")
+    assert card.splitlines()[0].endswith("a\\|b, two lines, \\<b>c\\</b>, recall")
+
+
+def test_a_confusion_table_has_each_count_whatever_the_classes_are_called() -> None:
+    title, rows = confusion_table(["recall", "b"], [[5, 1], [2, 7]], [5 / 6, 7 / 9])
+    assert "true classes down" in title
+    assert [list(row.values()) for row in rows] == [["recall", 5, 1, 5 / 6], ["b", 2, 7, 7 / 9]]
+
+
+def test_of_many_classes_the_commonest_confusions_are_told() -> None:
+    counts = torch.eye(1000, dtype=torch.int64) * 9
+    counts[3, 7], counts[500, 2] = 4, 6
+    names = [f"class {number}" for number in range(1000)]
+    _, rows = confusion_table(names, counts.tolist(), [1.0] * 1000)
+    assert [list(row.values()) for row in rows] == [["class 500", "class 2", 6, 15], ["class 3", "class 7", 4, 13]]
