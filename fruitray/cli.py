@@ -97,6 +97,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     if as_json:
         arguments.remove(JSON)
         console.to_standard_error()
+    config: Any = None
     with status.of(name) as told:
         try:
             config = configs.resolved(parse(name, arguments))
@@ -113,7 +114,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         if told.out is not None and worth_a_look and config.report:
             _draw_report(told.out.uri)
         if as_json:
-            out = told.out.uri if told.out else None
+            out = told.out.uri if told.out else getattr(config, "out", None)
             print(json.dumps({**told.facts, "out": out, "exit_code": code, "said": said}), flush=True)
         elif code:
             print(f"fruitray {name}: {said}", file=sys.stderr, flush=True)

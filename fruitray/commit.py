@@ -24,13 +24,12 @@ from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.inputs import INPUTS, uris
 from fruitray.scores import schema
 from fruitray.storage import Storage
-from fruitray.tables import parquet
+from fruitray.tables import parquet, read_parquet
 
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -157,7 +156,7 @@ def read_shards(out: Storage, plan: Plan) -> dict[str, pa.Table]:
     data = out.read(plan.inputs)
     if plan.inputs != _inputs_key(data):
         raise OutputConflictError(out.uri_of(plan.inputs), "is not what was planned")
-    table = _open(out.uri_of(plan.inputs), data)
+    table = read_parquet(out.uri_of(plan.inputs), data)
     runs = pc.run_end_encode(table["part"].combine_chunks())
     ends, inputs = runs.run_ends.to_pylist(), table.select(INPUTS.names)
     slices = [inputs.slice(start, end - start) for start, end in pairwise([0, *ends])]
@@ -193,7 +192,7 @@ def commit(
     marks = {**(lineage or {}), "fruitray.plan": plan.hash, "fruitray.shard": key}
     if _create(out, plan, key, parquet(rows.replace_schema_metadata(marks))):
         return True
-    _require_shard(out.uri_of(key), _open(out.uri_of(key), out.read(key)), plan, key, inputs)
+    _require_shard(out.uri_of(key), read_parquet(out.uri_of(key), out.read(key)), plan, key, inputs)
     return False
 
 
@@ -263,7 +262,7 @@ def _manifest(plan: Plan, parts: Sequence[Part]) -> bytes:
 def _check_parts(out: Storage, plan: Plan, shards: Mapping[str, pa.Table]) -> list[Part]:
     def check(key: str) -> Part:
         data = out.read(key)
-        table = _open(out.uri_of(key), data)
+        table = read_parquet(out.uri_of(key), data)
         _require_shard(out.uri_of(key), table, plan, key, shards[key])
         labels, codes = _counts(table["label"]), _counts(table["error_code"])
         confusion = _confusion(plan, shards[key]["label"], table["label"])
@@ -282,15 +281,6 @@ def _confusion(plan: Plan, known: pa.ChunkedArray, predicted: pa.ChunkedArray) -
     classes = sorted(plan.settings.get("classes", ()))
     found = {before: predicted.filter(pc.equal(known, before)) for before in classes}
     return {before: _counts(labels) for before, labels in found.items() if len(labels)}
-
-
-def _open(uri: str, data: bytes) -> pa.Table:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        table.validate(full=True)
-        return table
-    except (pa.ArrowException, OSError) as error:  # OSError is Arrow's word for many kinds of damage
-        raise OutputConflictError(uri, "is no Parquet file, or a damaged one") from error
 
 
 def _require_shard(uri: str, table: pa.Table, plan: Plan, key: str, inputs: pa.Table) -> None:

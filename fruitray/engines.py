@@ -14,7 +14,7 @@ import importlib.util
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fruitray.backbones import Classifier, fast_in_bfloat16
-from fruitray.errors import UsageError
+from fruitray.errors import GpuFullError, UsageError
 
 EngineName = Literal["eager", "compile", "openvino"]
 TOLERANCE = 2e-2
@@ -33,6 +33,8 @@ COMPILE_PAYS = 50_000
 """Photos per worker from which compiling takes less time than it saves; see tests/benchmarks/RESULTS.md."""
 CPU_BATCH, GPU_BATCH = 4, 64
 """Photos per pass. More do not fit a CPU's caches, fewer leave a GPU idle."""
+
+BUSY = "see with nvidia-smi whether another program holds it"
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 """(B, C) float32 logits and (B, D) float32 embeddings."""
@@ -48,10 +50,29 @@ class Engine:
     compute: Callable[[torch.Tensor], Outputs]
 
     def __call__(self, photos: torch.Tensor) -> Outputs:
-        """What the network says of each photo."""
+        """What the network says of each photo.
+
+        Raises:
+            GpuFullError: the GPU's memory is too small for a single one.
+        """
         with torch.inference_mode():
-            pieces = [self.compute(photos[start : start + self.batch]) for start in range(0, len(photos), self.batch)]
-        return torch.cat([logits for logits, _ in pieces]), torch.cat([embeddings for _, embeddings in pieces])
+            return _together(
+                [self._in_halves(photos[start:][: self.batch]) for start in range(0, len(photos), self.batch)]
+            )
+
+    def _in_halves(self, photos: torch.Tensor) -> Outputs:
+        """In halves of halves, as far as the GPU's memory wants it."""
+        try:
+            return self.compute(photos)
+        except torch.OutOfMemoryError as error:
+            if len(photos) == 1:
+                raise GpuFullError(BUSY) from error
+        torch.cuda.empty_cache()
+        return _together([self._in_halves(half) for half in photos.tensor_split(2)])
+
+
+def _together(pieces: Sequence[Outputs]) -> Outputs:
+    return torch.cat([logits for logits, _ in pieces]), torch.cat([embeddings for _, embeddings in pieces])
 
 
 def pick_engine(photos: int, *, gpu: bool) -> EngineName:
@@ -88,6 +109,7 @@ def make_engine(
 
     Raises:
         UsageError: the engine is not installed, or does not run on this device.
+        GpuFullError: the GPU's memory is too small for it.
     """
     require_engine(name, gpu=device.type != "cpu")
     if device.type == "cuda":
@@ -102,8 +124,10 @@ def make_engine(
         compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
         engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
         agrees = _agree(engine, plain, model.preprocessing.size, temperature)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, GpuFullError):
         raise
+    except torch.OutOfMemoryError as error:
+        raise GpuFullError(BUSY) from error
     except Exception:  # of any type: networks that cannot be traced or converted, a compiler that is missing
         return replace(plain, name=f"{plain.name}, for {name} cannot compute this network")
     return engine if agrees else replace(plain, name=f"{plain.name}, for {name} answers otherwise")

@@ -15,7 +15,7 @@ FruitrayError                  exit code
 │   └── EndpointError
 ├── WeightsError               6   pretrained weights cannot be had
 ├── DivergedError              1   training blew up
-├── GpuFullError               1   training wants more memory than a GPU has
+├── GpuFullError               1   a network wants more memory than a GPU has
 ├── TrialsFailedError          1   not one trial came to a result
 ├── ModelRejectedError         7   a model package or a weights file is broken or does not fit
 │   └── ExportError                a model cannot be exported, or its export answers otherwise
@@ -154,10 +154,12 @@ class DivergedError(FruitrayError):
 
 @dataclass(eq=False)
 class GpuFullError(FruitrayError):
-    """Training wants more memory than a GPU has, in however many parts a step is computed."""
+    """A network wants more memory than a GPU has, in however many parts a batch is computed."""
+
+    advice: str = "try a smaller --image-size, --train-size or --batch-size, or --frozen"
 
     def __str__(self) -> str:
-        return "the GPU's memory is too small; try a smaller --image-size, --train-size or --batch-size, or --frozen"
+        return f"the GPU's memory is too small; {self.advice}"
 
 
 @dataclass(eq=False)

@@ -34,6 +34,8 @@ INPUTS = pa.schema(
 )
 LISTS = (".parquet", ".csv")
 """How the name of a list ends."""
+MAX_NAMES = 2**31 - 1
+"""Bytes that the URIs of all photos take at most: Arrow counts no further."""
 _CHUNK = 10_000
 
 
@@ -41,7 +43,7 @@ def list_inputs(places: Sequence[str]) -> tuple[pa.Table, int]:
     """All photos at `places` as `INPUTS`, each URI once; and how many hidden files and folder markers were skipped.
 
     Raises:
-        UsageError: a list has no column `uri`.
+        UsageError: a list has no column `uri`, or there are too many photos.
         NotFoundError, AccessDeniedError, EndpointError: a place cannot be listed.
     """
     tables, skipped = [], 0
@@ -49,7 +51,11 @@ def list_inputs(places: Sequence[str]) -> tuple[pa.Table, int]:
         table, hidden = _listed(place)
         tables.append(table)
         skipped += hidden
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
+    lengths = pc.add(pc.binary_length(table["root"]), pc.binary_length(table["key"]))
+    if pc.sum(lengths, min_count=0).as_py() + table.num_rows > MAX_NAMES:
+        raise UsageError(f"--images: {table.num_rows:,} photos are too many for one output; score them by prefixes")
+    table = table.combine_chunks()
     tables.clear()  # and no copy below that need not be: this is the driver's peak of memory
     names = uris(table)
     if not pc.all(pc.less_equal(names[:-1], names[1:]), min_count=0).as_py():

@@ -106,8 +106,10 @@ def load_package(uri: str) -> Package:
         model = skeleton(config, len(classes), preprocessing)
     except Exception as error:  # values of any type may stand there
         raise ModelRejectedError(storage.uri_of(DESCRIPTION), f"does not describe a package: {error}") from error
-    contents = {name: read_file(storage, description, name) for name in names}
-    _load_weights(storage.uri_of(WEIGHTS), model, contents[WEIGHTS])
+    for name in names:
+        data = read_file(storage, description, name)
+        if name == WEIGHTS:
+            _load_weights(storage.uri_of(name), model, data)
     return Package(uri, model.eval(), classes, inference, model_id, description)
 
 

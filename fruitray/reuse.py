@@ -7,13 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fruitray.commit import read_plan
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.images import PASSING, is_hidden
 from fruitray.inputs import INPUTS, uris
+from fruitray.scores import schema
 from fruitray.storage import open_storage
+from fruitray.tables import read_parquet
 
 ALIKE = ("model_id", "top_k", "embeddings", "full_precision")
 """Settings without which rows of two outputs do not belong into one table."""
@@ -66,10 +67,10 @@ class Earlier:
         return rows.take(pc.index_in(uris(inputs), rows["uri"]))
 
     def _versions(self, key: str) -> pa.Table:
-        try:
-            table = pq.read_table(pa.BufferReader(self._storage.read(key)), columns=_ASKED).select(_ASKED)
-        except (pa.ArrowException, KeyError) as error:
-            raise OutputConflictError(self._storage.uri_of(key), f"is no part that score wrote: {error}") from error
+        uri = self._storage.uri_of(key)
+        table = read_parquet(uri, self._storage.read(key), _ASKED)
+        if sorted(table.column_names) != sorted(_ASKED):
+            raise OutputConflictError(uri, "is no part that score wrote")
         versions = pc.binary_join_element_wise(table["uri"], table["etag"], "\n")
         columns = [versions, table["status"], table["error_code"], [key] * table.num_rows, range(table.num_rows)]
         return pa.table(columns, schema=_KNOWN)
@@ -77,7 +78,10 @@ class Earlier:
     def _part(self, key: str) -> pa.Table:
         part = self._held.get(key)
         if part is None:
-            part = pq.read_table(pa.BufferReader(self._storage.read(key))).replace_schema_metadata(None)
+            uri = self._storage.uri_of(key)
+            part = read_parquet(uri, self._storage.read(key)).replace_schema_metadata(None)
+            if part.column_names != schema(embeddings="embedding" in part.column_names).names:
+                raise OutputConflictError(uri, "is no part that score wrote")
             self._held[key] = part
             if len(self._held) > _HELD:
                 self._held.popitem(last=False)

@@ -90,7 +90,7 @@ class Storage(ABC):
         nothing, as objects appear there when they are complete."""
 
     def creates_once(self, probe: str) -> bool:
-        """Whether `create` is atomic here, found by trying it on the key `probe`, which may stay."""
+        """Whether `create` is atomic here, found by trying it on the key `probe`, which stays."""
         self.create(probe, b"")
         return not self.create(probe, b"")
 
@@ -189,6 +189,7 @@ class LocalStorage(Storage):
         return True
 
     def creates_once(self, probe: str) -> bool:
+        self.create(probe, b"")
         with self._complete_file(probe, b"") as one, self._complete_file(probe, b"") as other:
             os.unlink(other)
             return _link(one, other)

@@ -32,7 +32,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import GpuFullError, TryAgainError, find, find_ours, one_line
+from fruitray.errors import GpuFullError, OutputConflictError, TryAgainError, find, find_ours, one_line
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
@@ -58,6 +58,8 @@ def run(config: TrainConfig) -> str:
         connect()
         return preflight("train", reads, config.out, workers=config.workers, **_share(config), disk=size)
     if out.exists(DESCRIPTION):
+        if not out.exists("train.json"):
+            raise OutputConflictError(out.uri_of(DESCRIPTION), "was not trained here; choose another --out")
         status.mend(out)
     else:
         initial = initial_model(out, config.model, index.classes, config.fit.seed)

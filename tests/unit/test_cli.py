@@ -1,6 +1,7 @@
 """The command line: help without heavy imports, arguments to configs, errors to exit codes."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,3 +209,12 @@ def test_a_wrong_request_ends_in_one_sentence_and_its_exit_code(
 def test_an_empty_folder_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     assert run_job("prepare", ["--images", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 3
+
+
+def test_json_says_where_a_job_writes_also_when_there_was_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(run=lambda config: "score: nothing left to do")
+    monkeypatch.setattr(importlib, "import_module", lambda name: done)
+    assert run_job("score", ["--package", "p", "--images", "i", "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == str(tmp_path)

@@ -10,7 +10,7 @@ from torch import nn
 from fruitray.backbones import Classifier, build, fast_in_bfloat16
 from fruitray.config import ModelConfig
 from fruitray.engines import TOLERANCE, Engine, fold_batch_norm, make_engine, pick_engine
-from fruitray.errors import UsageError
+from fruitray.errors import GpuFullError, UsageError
 from fruitray.preprocess import Preprocessing
 from tests.unit.runs import CONFIG, network
 
@@ -48,6 +48,26 @@ def test_making_an_engine_leaves_the_network_as_it_was(photos: torch.Tensor) -> 
     before = copy.deepcopy(model.state_dict())
     make_engine("eager", model, CPU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_does_not_fit_into_the_memory_of_a_gpu_is_computed_in_halves() -> None:
+    """There is no GPU to fill: what is tried is an engine whose network ends as PyTorch says it would."""
+    taken = []
+
+    def compute(photos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(photos) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken.append(len(photos))
+        return photos + 1, photos
+
+    photos, room = torch.arange(19.0)[:, None], 3
+    logits, embeddings = Engine("full", 8, compute)(photos)
+    assert torch.equal(logits, photos + 1)
+    assert torch.equal(embeddings, photos)
+    assert max(taken) <= room
+    room = 0
+    with pytest.raises(GpuFullError, match="nvidia-smi"):
+        Engine("full", 8, compute)(photos)
 
 
 class Narrow(nn.Module):

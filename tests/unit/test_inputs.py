@@ -10,6 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray import inputs
 from fruitray.errors import CredentialsError, NotFoundError, UsageError
 from fruitray.inputs import INPUTS, entries, list_inputs, uris
 from fruitray.storage import LocalStorage
@@ -48,6 +49,16 @@ def test_a_folder_is_listed_sorted_with_labels_and_versions(photos: Path) -> Non
 def test_places_that_overlap_give_each_photo_once(photos: Path) -> None:
     assert named(str(photos), str(photos / "raw" / "a"), str(photos / "more")) == named(str(photos))
     assert len(named(str(photos / "raw"), str(photos / "more"))) == 4
+
+
+def test_more_names_than_arrow_can_count_are_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = list_inputs([str(photos)])
+    room = sum(len(uri.encode()) for uri in uris(table).to_pylist())
+    monkeypatch.setattr(inputs, "MAX_NAMES", room)
+    list_inputs([str(photos)])
+    monkeypatch.setattr(inputs, "MAX_NAMES", room - 1)
+    with pytest.raises(UsageError, match="too many"):
+        list_inputs([str(photos)])
 
 
 def test_an_empty_folder_is_an_empty_table(tmp_path: Path) -> None:
