@@ -23,6 +23,8 @@ BANDS = (13, 13, 13, 13, 12)
 MAX_BITS = 9
 CANDIDATES = 2_000_000
 """Pairs that are compared at a time."""
+LARGE = 4096
+"""Pairs of two ranges from which these are compared by themselves."""
 SAME_LIGHT = 0.95
 """Least correlation of the luminance of two thumbnails of one photo."""
 SAME_COLOR = 0.35
@@ -149,15 +151,47 @@ def _close(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], bits: int)
     for number, (band, width) in enumerate(zip(bands, BANDS, strict=True)):
         order = np.argsort(band, kind="stable")
         for flip in [0, *(1 << bit for bit in range(width) if least)]:
-            start, end = (np.searchsorted(band[order], band ^ flip, side=side) for side in ("left", "right"))
-            for query, place in _expanded(start, end):
-                hit = order[place]
-                near = (query < hit) & (np.bitwise_count(hashes[among[query]] ^ hashes[among[hit]]) <= bits)
-                query, hit = query[near], hit[near]
+            for one, other in _alike(band[order], hashes[among[order]], flip, bits):
+                pairs = np.sort(order[np.stack([one, other], axis=1)], axis=1)
                 for earlier in bands[:number]:  # which has yielded the pair already, where it differs as little
-                    new = np.bitwise_count(earlier[query] ^ earlier[hit]) > least
-                    query, hit = query[new], hit[new]
-                yield np.stack([among[query], among[hit]], axis=1)
+                    pairs = pairs[np.bitwise_count(np.bitwise_xor(*earlier[pairs.T])) > least]
+                yield among[pairs]
+
+
+def _alike(band: Ints, hashes: NDArray[np.uint64], flip: int, bits: int) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs of places in `band` (N,), which is sorted, whose values differ by the bit `flip`, or are the same where it
+    is 0, and whose `hashes` (N,) differ in at most `bits`; each pair once."""
+    values, starts, counts = np.unique(band, return_index=True, return_counts=True)
+    places = np.searchsorted(values, values | flip).clip(max=len(values) - 1)
+    ones = np.flatnonzero((values[places] == values | flip) & (values & flip == 0))
+    others = places[ones]
+    for one, other in _pairs_of_places(starts, counts, ones, others):
+        near = np.bitwise_count(hashes[one] ^ hashes[other]) <= bits
+        if not flip:
+            near &= one < other
+        if near.any():
+            yield tuple(np.broadcast_to(side, near.shape)[near] for side in (one, other))
+
+
+def _pairs_of_places(starts: Ints, counts: Ints, ones: Ints, others: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """All pairs of a place in range `ones[i]` with one in range `others[i]`, some `CANDIDATES` at a time: as two lists
+    of the same length, or, of large ranges, which takes far less time, as a column and a row."""
+    large = counts[ones] * counts[others] > LARGE
+    for one, other in zip(ones[large].tolist(), others[large].tolist(), strict=True):
+        row = np.arange(starts[other], starts[other] + counts[other])
+        column = np.arange(starts[one], starts[one] + counts[one])[:, None]
+        step = max(1, CANDIDATES // len(row))
+        for first in range(0, len(column), step):
+            yield column[first : first + step], row
+    ones, others = ones[~large], others[~large]
+    sizes = counts[ones] * counts[others]
+    chunk = np.cumsum(sizes) // CANDIDATES
+    for first, last in itertools.pairwise([0, *(np.flatnonzero(np.diff(chunk)) + 1), len(sizes)]):
+        here = sizes[first:last]
+        which = np.repeat(np.arange(first, last), here)
+        before = np.repeat(np.cumsum(here) - here, here)
+        column, row = np.divmod(np.arange(len(which)) - before, counts[others][which])
+        yield starts[ones][which] + column, starts[others][which] + row
 
 
 def _vivid(thumbnails: NDArray[np.uint8]) -> Ints:
@@ -169,15 +203,3 @@ def _vivid(thumbnails: NDArray[np.uint8]) -> Ints:
 def _places() -> Iterator[tuple[int, int]]:
     """Lowest bit and width of each band."""
     yield from zip(itertools.accumulate(BANDS, initial=0), BANDS, strict=False)
-
-
-def _expanded(start: Ints, end: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """For query i every number of [start[i], end[i]): (queries, numbers), some `CANDIDATES` at a time."""
-    counts = end - start
-    chunk = np.cumsum(counts) // CANDIDATES
-    cuts = [0, *(np.flatnonzero(np.diff(chunk)) + 1), len(counts)]
-    for first, last in itertools.pairwise(cuts):
-        here = counts[first:last]
-        before = np.repeat(np.cumsum(here) - here, here)
-        queries = np.repeat(np.arange(first, last), here)
-        yield queries, start[queries] + np.arange(len(queries)) - before

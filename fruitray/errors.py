@@ -19,7 +19,7 @@ FruitrayError                  exit code
 ├── TrialsFailedError          1   not one trial came to a result
 ├── ModelRejectedError         7   a model package or a weights file is broken or does not fit
 │   └── ExportError                a model cannot be exported, or its export answers otherwise
-├── TryAgainError              75  a passing fault; the same command goes on where this one stopped
+├── TryAgainError              75  a passing fault; give the same command again
 └── ImageError                 -   a photo that cannot be used: becomes a row, never ends a job
 """
 

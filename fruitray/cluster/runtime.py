@@ -164,7 +164,7 @@ def _deaths_told() -> Iterator[None]:
 
 def workers_died(error: Exception) -> TryAgainError:
     """What to raise when they did too often."""
-    reason = f"its workers died again and again ({type(error).__name__}); the same command goes on from here"
+    reason = f"its workers died again and again ({type(error).__name__}); give the same command again"
     return TryAgainError("the cluster", f"{reason}; if they keep dying, see whether memory is short")
 
 

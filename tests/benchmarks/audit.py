@@ -19,7 +19,10 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
+
+from fruitray.duplicates import find_duplicates
 
 PROCESSES = 2
 REAL = Path(__file__).parents[3] / "shared" / "data" / "vuw-fruit"
@@ -137,6 +140,27 @@ def main() -> None:
             print(f"{one} takes {statistics.median(s[one] / s[other] for s in rounds):.2f} x the time of {other}")
         few, many = (driver(Path(scratch, str(photos)), photos) for photos in (4_500, 45_000))
         print(f"driver's peak memory: {few:.0f} MiB for 4,500 photos, {many:.0f} MiB for 45,000: {many / few:.2f} x")
+    for photos in (100_000, 1_000_000):
+        print(f"near duplicates among {photos:,} photos found in {near_duplicates(photos):.1f} s")
+
+
+def near_duplicates(photos: int) -> float:
+    """Seconds to find them among so many random hashes, of which each twentieth is nearly another one's."""
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, photos, dtype=np.uint64)
+    near = photos // 20
+    hashes[:near] = hashes[-near:] ^ (np.uint64(1) << random.integers(0, 64, near, dtype=np.uint64))
+    thumbnails = random.integers(0, 256, (photos, 108), dtype=np.uint8)
+    table = pa.table(
+        {
+            "sha256": [f"{number}" for number in range(photos)],
+            "phash": [f"{number:016x}" for number in hashes.tolist()],
+            "thumbnail": pa.FixedSizeBinaryArray.from_buffers(pa.binary(108), photos, [None, pa.py_buffer(thumbnails)]),
+        }
+    )
+    start = time.perf_counter()
+    find_duplicates(table, bits=8)
+    return time.perf_counter() - start
 
 
 def driver(folder: Path, photos: int) -> float:

@@ -170,11 +170,14 @@ def alike(numbers: list[int]) -> list[Row]:
 
 
 @settings(deadline=None, max_examples=100)
-@given(hashes(), st.integers(-1, MAX_BITS), st.sampled_from([3, 50, 2_000_000]))
-def test_the_search_finds_the_pairs_that_comparing_all_finds(numbers: list[int], bits: int, at_a_time: int) -> None:
+@given(hashes(), st.integers(-1, MAX_BITS), st.sampled_from([3, 50, 2_000_000]), st.sampled_from([0, 3, 4096]))
+def test_the_search_finds_the_pairs_that_comparing_all_finds(
+    numbers: list[int], bits: int, at_a_time: int, large: int
+) -> None:
     rows = alike(numbers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "CANDIDATES", at_a_time)
+        patch.setattr(duplicates, "LARGE", large)
         found = find_duplicates(facts(rows), bits)
     assert pairs(found) == set(duplicate_pairs(rows, bits))
     assert len(pairs_of(found)) == len(pairs(found))
