@@ -115,8 +115,8 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     say(f"score: {plan.rows:,} photos in {plan.shards} shards planned; hidden files skipped: {found['skipped_hidden']}")
     if not plan.created_atomically:
         say(
-            f"score: warning: {out.uri} ignores If-None-Match, so nothing stops two different jobs from writing there "
-            "at once; one job at a time, killed and re-run at will, is safe"
+            f"score: warning: {out.uri} has no hard links, or ignores If-None-Match, so nothing stops two different "
+            "jobs from writing there at once; one job at a time, killed and re-run at will, is safe"
         )
     return plan
 
