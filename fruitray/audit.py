@@ -153,7 +153,7 @@ def hints(table: pa.Table, root: str) -> list[str]:
         folder, below, _ = uri[len(root) + len(label) + 2 :].partition("/")
         inner[label].add(folder if below else "")
     said = [
-        f"classes with nearly the same name: {', '.join(map(repr, sorted(some)))}"
+        f"classes with nearly the same name: {', '.join(map(ascii, sorted(some)))}"
         for some in alike.values()
         if len(some) > 1
     ]

@@ -24,6 +24,8 @@ SCRATCH = ("mlp", "cnn", "cnn_bn")
 """Backbones that nobody has weights for: always trained whole, from random weights."""
 NORMALISED = ("resne", "regnet", "densenet", "efficient", "mobile", "mnas", "shuffle", "inception", "googlenet", "_bn")
 """Parts of the names of networks that batch norm holds together."""
+NORMALISED_OTHERWISE = ("nf_", "_gn", "_bit")
+"""Parts of the names of those that are such by name only."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -264,11 +266,16 @@ def suited_learning_rate(model: ModelConfig, optimizer: str) -> float:
     together, as vgg16, or that, as far as its name tells, may be such a one, as vit_b_16."""
     if model.backbone == "cnn_bn":
         rate = 3e-3
-    elif model.frozen or any(part in model.backbone for part in NORMALISED):
+    elif model.frozen or _has_batch_norm(model.backbone):
         rate = 1e-3
     else:
         rate = 1e-4
     return 20 * rate if optimizer == "sgd" else rate
+
+
+def _has_batch_norm(backbone: str) -> bool:
+    named = any(part in backbone for part in NORMALISED)
+    return named and not any(part in backbone for part in NORMALISED_OTHERWISE)
 
 
 def suited(model: ModelConfig, fit: FitConfig) -> FitConfig:

@@ -14,7 +14,8 @@ import importlib.util
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fruitray.backbones import Classifier, fast_in_bfloat16
 from fruitray.errors import GpuFullError, UsageError
+from fruitray.memory import in_halves
 
 EngineName = Literal["eager", "compile", "openvino"]
 TOLERANCE = 2e-2
@@ -33,8 +35,6 @@ COMPILE_PAYS = 50_000
 """Photos per worker from which compiling takes less time than it saves; see tests/benchmarks/RESULTS.md."""
 CPU_BATCH, GPU_BATCH = 4, 64
 """Photos per pass. More do not fit a CPU's caches, fewer leave a GPU idle."""
-
-BUSY = "see with nvidia-smi whether another program holds it"
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 """(B, C) float32 logits and (B, D) float32 embeddings."""
@@ -55,24 +55,22 @@ class Engine:
         Raises:
             GpuFullError: the GPU's memory is too small for a single one.
         """
-        with torch.inference_mode():
-            return _together(
-                [self._in_halves(photos[start:][: self.batch]) for start in range(0, len(photos), self.batch)]
-            )
-
-    def _in_halves(self, photos: torch.Tensor) -> Outputs:
-        """In halves of halves, as far as the GPU's memory wants it."""
-        try:
-            return self.compute(photos)
-        except torch.OutOfMemoryError as error:
-            if len(photos) == 1:
-                raise GpuFullError(BUSY) from error
-        torch.cuda.empty_cache()
-        return _together([self._in_halves(half) for half in photos.tensor_split(2)])
+        starts = range(0, len(photos), self.batch)
+        with torch.inference_mode(), _memory():
+            return _together([in_halves(self.compute, photos[start:][: self.batch], _together) for start in starts])
 
 
 def _together(pieces: Sequence[Outputs]) -> Outputs:
     return torch.cat([logits for logits, _ in pieces]), torch.cat([embeddings for _, embeddings in pieces])
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Say in one sentence that there is too little of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuFullError("see with nvidia-smi whether another program holds it") from error
 
 
 def pick_engine(photos: int, *, gpu: bool) -> EngineName:
@@ -115,19 +113,19 @@ def make_engine(
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # else float32 would have the precision of half
     batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    reference = copy.deepcopy(model).to(device).eval()
+    with _memory():
+        reference = copy.deepcopy(model).to(device).eval()
     reference.full_precision = True
     plain = Engine("eager in float32", batch, _on(device, _Outputs(_Embedding(reference))))
     narrow = fast_in_bfloat16(device) and not full_precision
     makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
     try:
-        compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
+        with _memory():
+            compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
         engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
         agrees = _agree(engine, plain, model.preprocessing.size, temperature)
     except (MemoryError, GpuFullError):
         raise
-    except torch.OutOfMemoryError as error:
-        raise GpuFullError(BUSY) from error
     except Exception:  # of any type: networks that cannot be traced or converted, a compiler that is missing
         return replace(plain, name=f"{plain.name}, for {name} cannot compute this network")
     return engine if agrees else replace(plain, name=f"{plain.name}, for {name} answers otherwise")

@@ -22,9 +22,9 @@ from torch import nn
 from fruitray.batches import Batches
 from fruitray.index import Index
 from fruitray.inference import TEMPERATURES, UNCALIBRATED, Inference
+from fruitray.memory import in_halves
 from fruitray.metrics import accuracy, confusion, wilson_interval
 from fruitray.recipe import Recipe, validation_photos
-from fruitray.steps import outputs
 from fruitray.tables import field
 
 FILE = "metrics.json"
@@ -168,7 +168,7 @@ def compute_logits(
         for batch in batches.epoch(0):
             inputs = batch.inputs.to(device)
             start = time.perf_counter()
-            logits[batch.examples] = inference.logits(partial(outputs, module), inputs).cpu()
+            logits[batch.examples] = inference.logits(partial(in_halves, module, join=torch.cat), inputs).cpu()
             seconds += time.perf_counter() - start
     return logits, seconds
 

@@ -130,7 +130,7 @@ def embed(
 def _to_parquet(block: Block, embeddings: torch.Tensor) -> bytes:
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().reshape(-1)), embeddings.shape[1])
     table = pa.table({"key": [entry.key for entry in block.entries], "embedding": column})
-    return parquet(table, use_dictionary=False, write_page_checksum=True)
+    return parquet(table, use_dictionary=False)
 
 
 def read_features(index_uri: str, index: Index, key: str, split: str, variants: Sequence[str]) -> torch.Tensor:

@@ -68,7 +68,7 @@ def write_final(
     device: torch.device,
 ) -> None:
     """Evaluate the final model, which `recipe` holds on `device`, on all validation photos, and write its package into
-    `out`; `config` is a `TrainConfig` as plain data."""
+    `out`, unless there is one by then; `config` is a `TrainConfig` as plain data."""
     model_config = ModelConfig(**config["model"])
     evaluation, predictions = evaluate_recipe(
         recipe, index, tta=config["tta"], coverage=config["coverage"], device=device

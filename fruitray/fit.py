@@ -18,8 +18,9 @@ from torch import nn
 from fruitray.batches import Batches
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError
+from fruitray.memory import in_halves
 from fruitray.metrics import accuracy, confusion
-from fruitray.steps import Reduce, Run, Wrap, outputs, prepare
+from fruitray.steps import Reduce, Run, Wrap, prepare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +143,7 @@ def evaluate(
     predictions = torch.zeros(batches.examples, dtype=torch.int64)
     with torch.inference_mode():
         for batch in batches.epoch(0):
-            logits = outputs(module, batch.inputs.to(device))
+            logits = in_halves(module, batch.inputs.to(device), torch.cat)
             total += F.cross_entropy(logits, batch.labels.to(device), reduction="sum").double()
             predictions[batch.examples] = logits.argmax(dim=1).cpu()
     return reduce(total.cpu()).item() / max(1, batches.examples), reduce(predictions)

@@ -6,8 +6,6 @@ The format is told by content, never by name. Resizing and normalising come late
 """
 
 import io
-import os
-import platform
 import re
 import zlib
 from collections import deque
@@ -32,7 +30,7 @@ from fruitray.errors import (
     NotFoundError,
     StorageError,
 )
-from fruitray.storage import Entry, LocalStorage, Storage
+from fruitray.storage import Entry, Storage
 
 MAX_BYTES = 64 * 2**20
 MAX_AHEAD = 4 * MAX_BYTES
@@ -128,8 +126,8 @@ def fetch(storage: Storage, entries: Sequence[Entry], threads: int = 16) -> Iter
                 yield found.result()
             window.append((pool.submit(_fetch_one, storage, entry), size))
             ahead += size
-        for found, _ in window:
-            yield found.result()
+        while window:
+            yield window.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)  # where a read fails for want of the store, the next ones would, as slowly
 
@@ -151,19 +149,6 @@ def _fetch_one(storage: Storage, entry: Entry) -> bytes | ImageError:
         raise
     except StorageError as error:
         return image_error("E_SRC_DENIED", error.reason)
-
-
-def require_seen(storage: Storage) -> None:
-    """To be asked where photos are gone: a machine that cannot see them must say so, and not call them gone.
-
-    Raises:
-        NotFoundError: this is a folder of which nothing is there.
-    """
-    storage.check()
-    if isinstance(storage, LocalStorage):
-        with os.scandir(storage.uri) as found:
-            if next(found, None) is None:
-                raise NotFoundError(storage.uri, f"is empty on {platform.node()}: is it not mounted there?")
 
 
 def image_error(code: str, detail: str = "") -> ImageError:

@@ -1,7 +1,11 @@
-"""How this process keeps its memory."""
+"""How this process keeps its memory, and does with what a GPU has."""
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _LARGEST = 2**30
@@ -19,3 +23,23 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
         mallopt(_M_ARENA_MAX, 1)
+
+
+Made = TypeVar("Made")
+
+
+def in_halves(
+    compute: Callable[[torch.Tensor], Made], inputs: torch.Tensor, join: Callable[[list[Made]], Made]
+) -> Made:
+    """What `compute` makes of a batch (B, ...); where the GPU's memory is too small, of halves of halves, joined.
+
+    Raises:
+        torch.OutOfMemoryError: it is too small for a single example.
+    """
+    try:
+        return compute(inputs)
+    except torch.OutOfMemoryError:
+        if len(inputs) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return join([in_halves(compute, half, join) for half in inputs.tensor_split(2)])

@@ -12,7 +12,7 @@ from fruitray.commit import read_plan
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.images import PASSING, is_hidden
 from fruitray.inputs import INPUTS, uris
-from fruitray.scores import schema
+from fruitray.scores import EMBEDDING, SCHEMA, schema
 from fruitray.storage import open_storage
 from fruitray.tables import read_parquet
 
@@ -69,8 +69,7 @@ class Earlier:
     def _versions(self, key: str) -> pa.Table:
         uri = self._storage.uri_of(key)
         table = read_parquet(uri, self._storage.read(key), _ASKED)
-        if sorted(table.column_names) != sorted(_ASKED):
-            raise OutputConflictError(uri, "is no part that score wrote")
+        _require_columns(uri, table, pa.schema([SCHEMA.field(name) for name in _ASKED]))
         versions = pc.binary_join_element_wise(table["uri"], table["etag"], "\n")
         columns = [versions, table["status"], table["error_code"], [key] * table.num_rows, range(table.num_rows)]
         return pa.table(columns, schema=_KNOWN)
@@ -80,12 +79,16 @@ class Earlier:
         if part is None:
             uri = self._storage.uri_of(key)
             part = read_parquet(uri, self._storage.read(key)).replace_schema_metadata(None)
-            if part.column_names != schema(embeddings="embedding" in part.column_names).names:
-                raise OutputConflictError(uri, "is no part that score wrote")
+            _require_columns(uri, part, schema(embeddings=EMBEDDING.name in part.column_names))
             self._held[key] = part
             if len(self._held) > _HELD:
                 self._held.popitem(last=False)
         return part
+
+
+def _require_columns(uri: str, table: pa.Table, columns: pa.Schema) -> None:
+    if not table.schema.equals(columns, check_metadata=False):
+        raise OutputConflictError(uri, "is no part that score wrote")
 
 
 _ASKED = ["uri", "etag", "status", "error_code"]

@@ -76,6 +76,7 @@ def decide(facts: pa.Table, config: PrepareConfig, earlier: pa.Table | None = No
     columns["dealt"] = _spread(decided["dealt"], usable, was)  # the others keep theirs: they may be photos again
     unlabelled = pc.and_(pc.equal(facts["status"], "ok"), pc.is_null(facts["label"])).to_numpy()
     columns["excluded"][unlabelled] = "no_label"
+    columns["excluded"][_leaked(facts, earlier)] = "leak"  # for good, whatever else may hold
     table = facts.append_column("odd", odd_ones(facts))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, SCHEMA.field(name).type))
@@ -124,8 +125,7 @@ def _leave_out(
     """(N,) why a photo is in no split, None for others; (N,) its group, -1 where it conflicts or leaks."""
     labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     conflict = duplicates.conflicts(labels)
-    leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))  # left out once, left out for good
-    leak = pc.is_in(photos["sha256"], leaks["sha256"]).to_numpy(zero_copy_only=False)
+    leak = _leaked(photos, earlier)
     leak = leak | _torn(duplicates, conflict | leak, was)
     groups = duplicates.groups(~conflict & ~leak)
     used = earlier.filter(pc.is_valid(earlier["split"]))
@@ -136,6 +136,13 @@ def _leave_out(
     for reason, holds in {"duplicate": spare, "leak": leak, "conflict": conflict, "size": wrong}.items():
         excluded[holds] = reason
     return excluded, groups
+
+
+def _leaked(photos: pa.Table, earlier: pa.Table) -> Bools:
+    """(N,) which contents an `earlier` index left out for a leak: left out once, left out for good."""
+    leaks = earlier.filter(pc.equal(earlier["excluded"], "leak"))["sha256"]
+    found: Bools = pc.is_in(photos["sha256"], leaks).to_numpy(zero_copy_only=False)
+    return found
 
 
 def _objects(values: Iterable[Any]) -> Objects:

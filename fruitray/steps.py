@@ -123,8 +123,7 @@ class Run:
                 if self._train.world > 1 or self.parts >= len(inputs):
                     raise
             self.parts *= 2
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def _backward_in_parts(self, inputs: torch.Tensor, labels: torch.Tensor, together: int) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -188,19 +187,6 @@ class Run:
         self.parts = max(self.parts, state["parts"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-
-
-def outputs(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """What `module`, in evaluation, makes of a batch; in halves where the GPU's memory is too small for it."""
-    try:
-        made: torch.Tensor = module(inputs)
-        return made
-    except torch.OutOfMemoryError:
-        if len(inputs) == 1:
-            raise
-    if inputs.is_cuda:
-        torch.cuda.empty_cache()
-    return torch.cat([outputs(module, half) for half in inputs.tensor_split(2)])
 
 
 def prepare(device: torch.device, config: FitConfig) -> None:

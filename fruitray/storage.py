@@ -8,6 +8,7 @@ photos, is not known here.
 
 import errno
 import os
+import platform
 import re
 import stat
 import uuid
@@ -52,6 +53,11 @@ class Storage(ABC):
     def check(self) -> None:
         """Raise within seconds if this root cannot be listed: `NotFoundError`, `AccessDeniedError`, `EndpointError`;
         `TryAgainError` where that may pass."""
+
+    def check_again(self) -> None:
+        """To be asked where objects that were listed are gone: as `check`, but a folder must not be empty, either, as
+        where nothing is mounted."""
+        self.check()
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -124,6 +130,11 @@ class LocalStorage(Storage):
         with _errors(self.uri):
             os.scandir(self.uri).close()
 
+    def check_again(self) -> None:
+        with _errors(self.uri), os.scandir(self.uri) as found:
+            if next(found, None) is None:
+                raise NotFoundError(self.uri, f"is empty on {platform.node()}: is it not mounted there?")
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
         for entry in self._walk(folder):
@@ -132,25 +143,25 @@ class LocalStorage(Storage):
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         path = os.path.join(self.uri, folder)
+        hidden = any(part[:1] == "." for part in folder.split("/"))  # as another user's bin, at the root of a disk
+        passed_over = (NotFoundError, AccessDeniedError) if hidden else (NotFoundError,)  # the first: deleted meanwhile
         try:
             with _errors(path):
                 items = sorted(os.scandir(path), key=lambda item: item.name)
-        except NotFoundError:  # there is no such prefix, or it was deleted meanwhile
+        except passed_over:
             if folder:
                 return
             raise
-        except AccessDeniedError:
-            if os.path.basename(folder)[:1] == ".":  # as the bin of another user, at the root of a disk
-                return
-            raise
         for item in items:
-            key = f"{folder}/{item.name}" if folder else item.name
-            status = _status(item)
-            if status is None or _TEMPORARY.match(item.name):
+            try:
+                with _errors(item.path):
+                    status = item.stat(follow_symlinks=False)
+            except passed_over:
                 continue
+            key = f"{folder}/{item.name}" if folder else item.name
             if stat.S_ISDIR(status.st_mode):
                 yield from self._walk(key)
-            else:
+            elif not _TEMPORARY.match(item.name):
                 _require_utf8(self.uri, key)
                 yield _entry(key, status)
 
@@ -239,15 +250,6 @@ def _link(path: str, other: str) -> bool:
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.fruitray-tmp$")
 
 
-def _status(item: os.DirEntry[str]) -> os.stat_result | None:
-    """None: deleted meanwhile."""
-    try:
-        with _errors(item.path):
-            return item.stat(follow_symlinks=False)
-    except NotFoundError:
-        return None
-
-
 def _entry(key: str, status: os.stat_result) -> Entry:
     kind = "symlink" if stat.S_ISLNK(status.st_mode) else "file" if stat.S_ISREG(status.st_mode) else "special"
     return Entry(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}", kind)
@@ -262,7 +264,7 @@ def _require_utf8(root: str, key: str) -> None:
         raise StorageError(f"{root}/{shown}", "has a name that is not UTF-8: rename it") from error
 
 
-_LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EIO)
+_LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 @contextmanager

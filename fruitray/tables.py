@@ -17,7 +17,7 @@ def field(name: str, kind: pa.DataType, description: str) -> pa.Field:
 def parquet(table: pa.Table, **options: bool) -> bytes:
     """`table` as a Parquet file; `options` are those of `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", **options)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -29,7 +29,7 @@ def read_parquet(uri: str, data: bytes, columns: Sequence[str] | None = None) ->
         OutputConflictError: it is damaged, or none.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), columns=columns)
+        table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
         table.validate(full=True)
         return table
     except (pa.ArrowException, OSError, ValueError) as error:  # Arrow's words for damage, and what names it cannot say

@@ -31,7 +31,7 @@ from fruitray.cluster.runtime import (
 from fruitray.config import PrepareConfig
 from fruitray.console import SHOWN, progress, say, show_table
 from fruitray.errors import NoInputError, UsageError
-from fruitray.images import is_hidden, list_images, require_seen
+from fruitray.images import is_hidden, list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
@@ -115,7 +115,7 @@ def _audit_chunk(chunk: pa.Table) -> pa.Table:
     entries = [Entry(**row) for row in chunk.drop_columns("root").to_pylist()]
     rows = list(audit(storage, entries, _isolated()))
     if any(row.get("error_code") == "E_SRC_GONE" for row in rows):
-        require_seen(storage)
+        storage.check_again()
     return pa.Table.from_pylist(rows, FACTS)
 
 

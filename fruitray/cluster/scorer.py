@@ -25,7 +25,7 @@ from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
 from fruitray.engines import EngineName
 from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
-from fruitray.images import fetch, require_seen
+from fruitray.images import fetch
 from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
 from fruitray.machine import versions
@@ -242,7 +242,7 @@ class Scorer:
             yield found
         seen = isinstance(storage, LocalStorage) and any(entry.etag for entry in wanted)  # by who planned
         if gone and (seen or root in self._folders):
-            require_seen(storage)
+            storage.check_again()
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
         def square(found: Mapping[str, Any]) -> Square:

@@ -53,13 +53,13 @@ def run(config: TrainConfig) -> str:
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "train", config, index.sha256)
+    if out.exists(DESCRIPTION) and not out.exists("train.json"):
+        raise OutputConflictError(out.uri_of(DESCRIPTION), "was not trained here; choose another --out")
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
         connect()
         return preflight("train", reads, config.out, workers=config.workers, **_share(config), disk=size)
     if out.exists(DESCRIPTION):
-        if not out.exists("train.json"):
-            raise OutputConflictError(out.uri_of(DESCRIPTION), "was not trained here; choose another --out")
         status.mend(out)
     else:
         initial = initial_model(out, config.model, index.classes, config.fit.seed)

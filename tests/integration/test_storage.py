@@ -358,15 +358,16 @@ def test_what_permissions_forbid_is_access_denied() -> None:
 def test_a_folder_that_cannot_be_looked_into_is_not_passed_over_unless_hidden() -> None:
     """Its names can be read (r), what lies there cannot (no x)."""
     with unprivileged() as folder:
-        for name in ("apple/2020", "pear", ".Trash-1000"):
+        for name in ("apple/2020", "pear", ".Trash-1000", ".Trash-1001/files", ".Trash-1002"):
             (folder / name).mkdir(parents=True)
             (folder / name / "1.jpg").touch()
-        (folder / ".Trash-1000").chmod(0o000)
+        for name, mode in ((".Trash-1000", 0o000), (".Trash-1001/files", 0o000), (".Trash-1002", 0o644)):
+            (folder / name).chmod(mode)
         assert keys(open_storage(str(folder))) == ["apple/2020/1.jpg", "pear/1.jpg"]
         (folder / "apple").chmod(0o644)
         with pytest.raises(AccessDeniedError, match="apple"):
             list(open_storage(str(folder)).list())
-        for name in ("apple", ".Trash-1000"):
+        for name in ("apple", ".Trash-1000", ".Trash-1001/files", ".Trash-1002"):
             (folder / name).chmod(0o755)
 
 

@@ -157,6 +157,7 @@ def test_train_starts_from_a_best_json_and_options_win(tmp_path: Path) -> None:
         ("--backbone resnet50", {"learning_rate": 1e-3, "head_epochs": 1, "trunk_rate": 0.5, "augment": "crop+mirror"}),
         ("--backbone vgg16", {"learning_rate": 1e-4}),
         ("--backbone vgg16 --frozen", {"learning_rate": 1e-3}),
+        ("--backbone timm/resnet50_gn", {"learning_rate": 1e-4}),
         ("--backbone timm/vit_tiny_patch16_224", {"learning_rate": 1e-4}),
         ("--backbone timm/tf_efficientnetv2_b0 --weights none", {"learning_rate": 1e-3, "head_epochs": 0}),
         ("--backbone cnn_bn", {"learning_rate": 3e-3, "head_epochs": 0, "trunk_rate": 1.0, "augment": "crop+mirror"}),

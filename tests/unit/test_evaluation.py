@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ import fruitray
 from fruitray.backbones import Classifier, freeze
 from fruitray.batches import CPU
 from fruitray.card import model_card, show_evaluation
-from fruitray.config import FitConfig
+from fruitray.config import FitConfig, TrainConfig
 from fruitray.confusions import confusion_table
 from fruitray.evaluation import (
     Evaluation,
@@ -25,10 +27,11 @@ from fruitray.evaluation import (
     evaluate_recipe,
     fit_temperature,
 )
+from fruitray.final import HISTORY, write_final
 from fruitray.images import decode
 from fruitray.index import Index, read_index
 from fruitray.inference import Inference
-from fruitray.package import save_package
+from fruitray.package import Package, load_package, save_package
 from fruitray.recipe import make_recipe
 from fruitray.storage import LocalStorage, open_storage
 from fruitray.synthetic import LABELS
@@ -268,3 +271,17 @@ def test_of_many_classes_the_commonest_confusions_are_told() -> None:
     names = [f"class {number}" for number in range(1000)]
     _, rows = confusion_table(names, counts.tolist(), [1.0] * 1000)
     assert [list(row.values()) for row in rows] == [["class 500", "class 2", 6, 15], ["class 3", "class 7", 4, 13]]
+
+
+def test_a_package_that_stands_is_not_written_again(index_uri: str, tmp_path: Path) -> None:
+    """By a second driver, or a worker that was thought lost: the checkpoints may be gone by then."""
+    index, out = read_index(index_uri), LocalStorage(str(tmp_path / "model"))
+    config = TrainConfig(index=index_uri, out=out.uri, model=CONFIG)
+    initial = cast(Package, SimpleNamespace(description={"initial_weights": {}, "state_hash": "0"} | FACTS))
+    history = [dict.fromkeys(HISTORY.names, 1) | {"recalls": [0.5] * 3}]
+    standing = []
+    for model in (network(CONFIG), network(CONFIG)):
+        recipe = make_recipe(index_uri, index, model, config.fit, frozen=False)
+        write_final(out, asdict(config), recipe, index, initial, history, CPU)
+        standing.append(load_package(out.uri).model_id)
+    assert standing[0] == standing[1]

@@ -56,7 +56,8 @@ def places(index: pa.Table) -> dict[str, tuple[str, int | None]]:
 def assert_sound(index: pa.Table, bits: int = 8) -> None:
     """What holds of every index: told by comparing every pair of photos, and by nothing that made it."""
     for row in index.to_pylist():
-        assert (row["status"] == "error") + (row["excluded"] is not None) + (row["split"] is not None) == 1
+        leaked = row["excluded"] == "leak" and row["status"] == "error"
+        assert (row["status"] == "error") + (row["excluded"] is not None) + (row["split"] is not None) == 1 + leaked
         assert row["excluded"] is None or row["excluded"] in REASONS
         assert row["fold"] is None or row["split"] in ("train", "val")
     used = [row for row in index.to_pylist() if row["split"]]
@@ -529,6 +530,18 @@ def test_a_new_photo_that_links_two_sides_is_left_out() -> None:
     assert places(later) == places(earlier)
     assert_sound(later)
     assert index_of([*rows, link], later) == later
+
+
+def test_what_was_left_out_for_a_leak_stays_so_whatever_happens_meanwhile() -> None:
+    rows, earlier, link = linked_pair("split")
+    leaked = index_of([*rows, link], earlier)
+    unread = broken("apple", link["uri"].rpartition("/")[2], "E_TIMEOUT")
+    one_end = [row for row in rows if row["thumbnail"] != link["thumbnail"]]
+    one_end += [row for row in rows if row["thumbnail"] == link["thumbnail"]][:1]
+    for spell in (unread, link | {"label": None}, link | {"label": "pear"}):
+        meanwhile = index_of([*one_end, spell], leaked)
+        assert_sound(meanwhile)
+        assert rows_of(index_of([*one_end, link], meanwhile))[link["uri"]]["excluded"] == "leak"
 
 
 def test_a_new_photo_that_links_two_folds_is_left_out() -> None:
