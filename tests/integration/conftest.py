@@ -25,10 +25,11 @@ from tests.unit.runs import jpeg, spread
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a weights file for mobilenet_v2, untrained: what counts here is the path it takes."""
+    """A folder with weights files, untrained: what counts here is the path they take."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    save_file(torchvision.models.mobilenet_v2().state_dict(), folder / "mobilenet_v2.safetensors")
+    for name in ("mobilenet_v2", "resnet18"):
+        save_file(torchvision.models.get_model(name).state_dict(), folder / f"{name}.safetensors")
     return folder
 
 
