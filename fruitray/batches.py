@@ -1,11 +1,12 @@
 """Index rows -> tensors: photos decoded and resized once per machine, then batches that every worker agrees on."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from fruitray.augment import augment, copies, mix, mixes
 from fruitray.console import progress
 from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import decode, fetch
-from fruitray.machine import cache_folder
+from fruitray.machine import make_cache_folder, versions
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, Storage
 from fruitray.transforms import Numbers
@@ -32,10 +33,13 @@ def squares(storage: Storage, entries: Sequence[Entry], preprocessing: Preproces
 
     Raises:
         OutputConflictError: a photo is no longer what the index says.
+        NotFoundError: none is there, as where their folder is not mounted.
     """
     for entry, data in zip(entries, fetch(storage, entries), strict=True):
         try:
             if isinstance(data, ImageError):
+                if data.code == "E_SRC_GONE":
+                    storage.check_again()
                 raise data
             yield preprocessing.resize(decode(data, preprocessing.enough).pixels)
         except ImageError as error:
@@ -50,10 +54,12 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
 
     Raises:
         OutputConflictError: a photo is no longer what the index says.
+        UsageError: the folder for the file cannot be used.
+        TryAgainError: its disk is full.
     """
-    what = [storage.uri, asdict(preprocessing), preprocessing.enough, [(entry.key, entry.etag) for entry in entries]]
-    path = cache_folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    photos = [(entry.key, entry.etag) for entry in entries]
+    what = [storage.uri, asdict(preprocessing), preprocessing.enough, photos, versions()]
+    path = make_cache_folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -63,11 +69,13 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
 
 def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> None:
     """Write `path`, which appears only when complete: (N, S, S, 3) uint8."""
-    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
-    _require_space(path.parent, len(entries) * 3 * preprocessing.size**2)
+    temporary = path.with_suffix(".tmp")  # which also takes the place of what a killed process has left
     shape = (len(entries), preprocessing.size, preprocessing.size, 3)
     try:
+        if shutil.disk_usage(path.parent).free < math.prod(shape):
+            raise _full(path.parent, math.prod(shape))
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(temporary)
         with progress("decode", len(entries), "photos") as advance:
             for row, square in enumerate(squares(storage, entries, preprocessing)):
                 array[row] = square.permute(1, 2, 0).numpy()
@@ -78,13 +86,22 @@ def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preproc
         temporary.unlink(missing_ok=True)
 
 
-def _require_space(folder: Path, size: int) -> None:
-    """A full disk would kill this process without a word when the mapped file is written."""
+def _reserve(path: Path) -> None:
+    """Have the disk keep the room that a file is going to take: when a mapped file is written, a disk that is full by
+    then, as by another such file, kills this process without a word."""
+    with open(path, "rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise _full(path.parent, path.stat().st_size) from error
+
+
+def _full(folder: Path, size: int) -> TryAgainError:
     free = shutil.disk_usage(folder).free
-    if size > free:
-        raise TryAgainError(
-            str(folder), f"decoded photos need {size >> 20} MiB, {free >> 20} are free; see FRUITRAY_CACHE"
-        )
+    return TryAgainError(
+        str(folder), f"decoded photos need {size >> 20} MiB, {free >> 20} are free; see FRUITRAY_CACHE"
+    )
 
 
 def near(inputs: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -189,8 +189,8 @@ class FitConfig:
     class_weights: bool = False
     """Weigh classes in the loss so that each weighs alike, however many photos it has."""
     patience: int = 3
-    """Stop after so many epochs without a better one, by validation accuracy, then loss; the best epoch's weights are
-    restored."""
+    """Stop after so many epochs without a better one, by validation accuracy, then loss, those of --head-epochs not
+    counted; the best epoch's weights are restored."""
     compile: bool = False
     """Use torch.compile, which takes a minute first."""
     deterministic: bool = False

@@ -14,8 +14,7 @@ import importlib.util
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fruitray.backbones import Classifier, fast_in_bfloat16
 from fruitray.errors import GpuFullError, UsageError
-from fruitray.memory import in_halves
+from fruitray.memory import full_gpu_told, in_halves
 
 EngineName = Literal["eager", "compile", "openvino"]
 TOLERANCE = 2e-2
@@ -56,21 +55,12 @@ class Engine:
             GpuFullError: the GPU's memory is too small for a single one.
         """
         starts = range(0, len(photos), self.batch)
-        with torch.inference_mode(), _memory():
+        with torch.inference_mode(), full_gpu_told():
             return _together([in_halves(self.compute, photos[start:][: self.batch], _together) for start in starts])
 
 
 def _together(pieces: Sequence[Outputs]) -> Outputs:
     return torch.cat([logits for logits, _ in pieces]), torch.cat([embeddings for _, embeddings in pieces])
-
-
-@contextmanager
-def _memory() -> Iterator[None]:
-    """Say in one sentence that there is too little of it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise GpuFullError("see with nvidia-smi whether another program holds it") from error
 
 
 def pick_engine(photos: int, *, gpu: bool) -> EngineName:
@@ -113,14 +103,14 @@ def make_engine(
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # else float32 would have the precision of half
     batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    with _memory():
+    with full_gpu_told():
         reference = copy.deepcopy(model).to(device).eval()
     reference.full_precision = True
     plain = Engine("eager in float32", batch, _on(device, _Outputs(_Embedding(reference))))
     narrow = fast_in_bfloat16(device) and not full_precision
     makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
     try:
-        with _memory():
+        with full_gpu_told():
             compute = makers[name](copy.deepcopy(model).to(device).eval(), device, batch, narrow)
         engine = Engine(f"{name} in {'bfloat16' if narrow else 'float32'}", batch, compute)
         agrees = _agree(engine, plain, model.preprocessing.size, temperature)

@@ -24,7 +24,7 @@ from fruitray.backbones import Classifier
 from fruitray.batches import squares
 from fruitray.errors import OutputConflictError
 from fruitray.index import Index, Pool, index_place
-from fruitray.memory import keep_freed_memory
+from fruitray.memory import full_gpu_told, in_halves, keep_freed_memory
 from fruitray.preprocess import stack
 from fruitray.storage import Entry, Storage
 from fruitray.tables import parquet
@@ -115,15 +115,15 @@ def embed(
     model: Classifier, photos: torch.Tensor, positions: Sequence[int], variant: str, device: torch.device
 ) -> torch.Tensor:
     """(N, 3, S, S) uint8 photos, by their positions in the pool, each as `variant` -> (N, D) float32 embeddings."""
-    model = model.to(device).eval()
     keep_freed_memory()
     embedded = []
-    with torch.inference_mode():
+    with torch.inference_mode(), full_gpu_told():
+        model = model.to(device).eval()
         for start in range(0, len(photos), EMBED_BATCH):
             places = np.array(positions[start : start + EMBED_BATCH])
             batch = photos[start : start + EMBED_BATCH].to(device)
             shown = fixed_variants(batch, places, np.full(len(places), EIGHT.index(variant)))
-            embedded.append(model.embed(shown).cpu())
+            embedded.append(in_halves(model.embed, shown, torch.cat).cpu())
         return torch.cat(embedded)
 
 

@@ -85,7 +85,7 @@ def fit_with_pauses(
     one where any worker finds a pause `due`; when exhausted, it holds the best epoch's weights.
 
     Best is the highest validation accuracy, then the lowest validation loss; training stops after `config.patience`
-    epochs without a better one. `config.learning_rate` must be given.
+    epochs without a better one, those of the head alone not counted. `config.learning_rate` must be given.
 
     Raises:
         DivergedError: a loss, of training or validation, is no number any more.
@@ -101,7 +101,7 @@ def fit_with_pauses(
     def state(number: int, step: int = 0, total: float = 0.0) -> dict[str, Any]:
         return {"number": number, "step": step, "total": total, "run": run.state_dict(), "best": best}
 
-    while number < config.epochs and not (best["number"] and number - best["number"] >= config.patience):
+    while number < config.epochs and not _is_stuck(number, best["number"], run.head_epochs, config.patience):
         number, before, start, paused = number + 1, done, time.perf_counter(), 0.0
         for step, summed in run.epoch(number, done, total, due):
             total = summed
@@ -132,6 +132,10 @@ def fit_with_pauses(
         )
         done, total = 0, 0.0
     module.load_state_dict(best["weights"])
+
+
+def _is_stuck(number: int, best: int, head_epochs: int, patience: int) -> bool:
+    return best > 0 and number - max(best, head_epochs) >= patience
 
 
 def evaluate(

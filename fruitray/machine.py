@@ -2,11 +2,13 @@
 
 import os
 import platform
+import stat
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from fruitray import __version__
+from fruitray.errors import UsageError
 
 
 def versions() -> dict[str, str]:
@@ -18,3 +20,23 @@ def versions() -> dict[str, str]:
 def cache_folder() -> Path:
     """Where decoded photos are kept: $FRUITRAY_CACHE, else a folder of the user's in the temporary one."""
     return Path(os.environ.get("FRUITRAY_CACHE") or Path(tempfile.gettempdir()) / f"fruitray-cache-{os.getuid()}")
+
+
+def make_cache_folder() -> Path:
+    """`cache_folder`, which is there then.
+
+    Raises:
+        UsageError: it cannot be written to, or, in the temporary folder, where all may write, another account made it.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise UsageError(f"FRUITRAY_CACHE {folder}: cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"FRUITRAY_CACHE {folder}: cannot be written to")
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    if not private and not os.environ.get("FRUITRAY_CACHE"):
+        raise UsageError(f"{folder}: others may write there; delete it, or let FRUITRAY_CACHE name another folder")
+    return folder

@@ -2,10 +2,13 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from fruitray.errors import GpuFullError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _LARGEST = 2**30
@@ -43,3 +46,12 @@ def in_halves(
             raise
     torch.cuda.empty_cache()
     return join([in_halves(compute, half, join) for half in inputs.tensor_split(2)])
+
+
+@contextmanager
+def full_gpu_told() -> Iterator[None]:
+    """Raise `GpuFullError`, one sentence, where what is done meanwhile finds a GPU's memory too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuFullError("see with nvidia-smi whether another program holds it") from error

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fruitray.backbones import Classifier, freeze, parameter_groups, unfreeze
 from fruitray.batches import Batch, Batches, epoch_seed
 from fruitray.config import FitConfig
-from fruitray.errors import DivergedError
+from fruitray.errors import DivergedError, UsageError, one_line
 from fruitray.memory import keep_freed_memory
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
@@ -49,7 +49,9 @@ class Run:
         self._average = AveragedModel(module, multi_avg_fn=self._lerp, use_buffers=True) if config.ema else None
         self._weights = _class_weights(train).to(device) if config.class_weights else None
         whole = isinstance(module, Classifier) and any(tensor.requires_grad for tensor in module.trunk.parameters())
-        self._stages = [config.head_epochs] * (whole and config.head_epochs > 0) + [config.epochs]
+        self.head_epochs = config.head_epochs if whole else 0
+        """How many are for the head alone."""
+        self._stages = [self.head_epochs] * (self.head_epochs > 0) + [config.epochs]
         self._stage, self._wrapped = -1, module
         self.parts = config.accumulate
         """Parts that a step is computed in, one after the other; twice as many whenever the GPU's memory is too small
@@ -63,6 +65,7 @@ class Run:
 
         Raises:
             DivergedError: the loss is no number any more.
+            UsageError: it was to be deterministic, and an operation of the network is not.
         """
         first, last = self._enter_stage(number)
         self._wrapped.train()
@@ -122,6 +125,10 @@ class Run:
             except torch.OutOfMemoryError:
                 if self._train.world > 1 or self.parts >= len(inputs):
                     raise
+            except RuntimeError as error:  # of networks that such operations cannot make
+                if self._config.deterministic and "deterministic" in str(error):
+                    raise UsageError(f"--deterministic: not this network on this device: {one_line(error)}") from error
+                raise
             self.parts *= 2
             torch.cuda.empty_cache()
 
@@ -131,17 +138,21 @@ class Run:
         for place, (part, target) in enumerate(parts):
             waits = place < len(parts) - 1 and self._train.world > 1
             with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                loss = F.cross_entropy(
-                    self._wrapped(part),
-                    target,
-                    weight=self._weights,
-                    label_smoothing=self._config.label_smoothing,
-                    reduction="sum",
+                losses = F.cross_entropy(
+                    self._wrapped(part), target, label_smoothing=self._config.label_smoothing, reduction="none"
                 )
+                loss = (losses * self._weights_of(target)).sum()
                 # The workers' gradients are averaged: so it is the global mean's.
                 (loss * self._train.world / together).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().double()
         return total
+
+    def _weights_of(self, target: torch.Tensor) -> torch.Tensor | float:
+        """(B,) float32, each example's by its class, or by its shares of classes. (torch would weigh each class in an
+        example's smoothed target: of a common class and a very rare one it would learn the rare one.)"""
+        if self._weights is None:
+            return 1.0
+        return target @ self._weights if target.is_floating_point() else self._weights[target]
 
     def _cut(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Into as many parts as all workers' shares can be cut into: each waits for the others in every part."""

@@ -14,7 +14,7 @@ import torch
 from botocore.exceptions import BotoCoreError
 
 from fruitray.backbones import fast_in_bfloat16
-from fruitray.cluster.connection import left_behind, require_answer
+from fruitray.cluster.connection import HERE, left_behind, require_answer
 from fruitray.config import DoctorConfig
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError
@@ -88,8 +88,10 @@ def _said(look: Callable[[], str], faults: list[FruitrayError]) -> str:
 def _cluster() -> str:
     address = os.environ.get("RAY_ADDRESS", "")
     require_answer(address)
-    if address:
+    if address not in HERE:
         return f"the cluster at {address} answers"
+    if address:
+        return f"RAY_ADDRESS is {address}: each job starts its own"
     here = f"that of `ray start`, at {left}, is gone:" if (left := left_behind()) else "that of `ray start` here, or"
     return f"RAY_ADDRESS is not set: {here} each job starts its own"
 

@@ -5,6 +5,7 @@ they take to answer, its free disk, its clock, its versions. Where a job would w
 only, it says so instead.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,8 @@ def _look(places: Sequence[str]) -> Seen:
         slowest = max(slowest, 1000 * (time.perf_counter() - start))
     folder = cache_folder()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return Seen(slowest, refused, shutil.disk_usage(there).free, versions(), time.time())
+    free = shutil.disk_usage(there).free if os.access(there, os.W_OK) else 0
+    return Seen(slowest, refused, free, versions(), time.time())
 
 
 def _faults(node: str, seen: Seen, off: float, disk: int) -> list[FruitrayError]:

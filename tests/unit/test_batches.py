@@ -1,6 +1,10 @@
 """Behaviour of the batches: who sees which example when, and the decoded photos that a machine's processes share."""
 
+import errno
 import io
+import os
+import shutil
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +17,7 @@ import torch
 from PIL import Image
 
 from fruitray.batches import Batches, decoded_photos, near
-from fruitray.errors import OutputConflictError
+from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.preprocess import Preprocessing
 from fruitray.storage import Entry, LocalStorage
 from fruitray.synthetic import LABELS, draw
@@ -78,6 +82,59 @@ def write_photo(path: Path, seed: int) -> None:
 
 def entries(storage: LocalStorage) -> list[Entry]:
     return list(storage.list())
+
+
+def test_where_the_photos_are_not_mounted_nobody_is_told_to_prepare_again(photos: CountingStorage) -> None:
+    listed = entries(photos)
+    for path in Path(photos.uri).iterdir():
+        path.unlink()
+    with pytest.raises(NotFoundError, match="is it not mounted"):
+        decoded_photos(photos, listed, Preprocessing(size=SIZE))
+
+
+def test_a_cache_that_cannot_be_used_is_told(
+    photos: CountingStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRUITRAY_CACHE", "/proc/nowhere")
+    with pytest.raises(UsageError, match="FRUITRAY_CACHE /proc/nowhere"):
+        decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+
+
+def test_a_cache_that_another_account_may_have_made_is_not_trusted(
+    photos: CountingStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the temporary folder, where all may write and names can be guessed."""
+    monkeypatch.delenv("FRUITRAY_CACHE")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+    [made] = tmp_path.glob("fruitray-cache-*")
+    assert made.stat().st_mode & 0o777 == 0o700
+    for open_to_others in (0o777, 0o720):
+        made.chmod(open_to_others)
+        with pytest.raises(UsageError, match="others may write there"):
+            decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+    shutil.rmtree(made)
+    (tmp_path / "elsewhere").mkdir()
+    made.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="others may write there"):
+        decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+
+
+def test_a_disk_that_fills_up_is_told_and_what_a_killed_process_left_is_written_over(
+    photos: CountingStorage, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(TryAgainError, match="FRUITRAY_CACHE"):
+            decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    [lock] = cache.iterdir()
+    lock.with_suffix(".tmp").write_bytes(b"left")
+    assert decoded_photos(photos, entries(photos), Preprocessing(size=SIZE)).shape == (6, 3, SIZE, SIZE)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".npy"]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -19,7 +19,7 @@ from fruitray.augment import EIGHT, VARIANTS, fixed_variants
 from fruitray.backbones import Classifier, build, freeze
 from fruitray.batches import squares
 from fruitray.config import FitConfig, ModelConfig
-from fruitray.errors import NotFoundError, OutputConflictError, UsageError
+from fruitray.errors import GpuFullError, NotFoundError, OutputConflictError, UsageError
 from fruitray.features import Work, blocks, embed, features_key, make_parts, missing_parts, read_features
 from fruitray.fit import fit
 from fruitray.index import Index, index_place, read_index
@@ -221,6 +221,24 @@ def test_an_embedding_hardly_depends_on_its_batch(index_uri: str, monkeypatch: p
         found.append(embed(model, photos, range(7), "turned", CPU))
     close(found[0], found[1])
     close(found[0], found[2])
+
+
+def test_what_does_not_fit_into_the_memory_of_a_gpu_is_embedded_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU to fill: what is tried is a network that ends as PyTorch says it would."""
+    model, room = network(), 3
+    photos, whole = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8), model.embed
+
+    def crowded(batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(batch)
+
+    expected = embed(model, photos, range(7), "turned", CPU)
+    monkeypatch.setattr(model, "embed", crowded)
+    close(embed(model, photos, range(7), "turned", CPU), expected)
+    room = 0
+    with pytest.raises(GpuFullError):
+        embed(model, photos, range(7), "turned", CPU)
 
 
 def test_a_photo_is_read_once_for_all_its_variants_and_not_at_all_for_none(

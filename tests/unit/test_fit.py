@@ -14,7 +14,7 @@ from torch import nn
 from fruitray.backbones import Classifier, freeze
 from fruitray.batches import Batches
 from fruitray.config import FitConfig
-from fruitray.errors import DivergedError
+from fruitray.errors import DivergedError, UsageError
 from fruitray.fit import Epoch, Pause, evaluate, fit, fit_with_pauses
 from fruitray.metrics import confusion
 from fruitray.preprocess import Preprocessing
@@ -242,6 +242,17 @@ def test_out_of_memory_in_validation_takes_smaller_batches() -> None:
     assert predictions.tolist() == (val.inputs @ torch.eye(2, 3)).argmax(dim=1).tolist()
 
 
+def test_an_operation_that_is_not_deterministic_is_told_where_that_was_asked_for() -> None:
+    class Chance(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set ...")
+            return super().forward(inputs)
+
+    with pytest.raises(UsageError, match=r"--deterministic.*some_backward_cuda"):
+        next(training(Chance(2, 3), replace(PLAIN, deterministic=True)))
+
+
 def test_workers_drop_out_each_for_itself() -> None:
     """Else every photo of a batch's one share would lose what its neighbour in the other loses."""
     same = clouds(1, examples=2)
@@ -303,6 +314,19 @@ def test_a_rare_class_weighs_as_much_as_the_others() -> None:
     assert found[1] > 0.5
 
 
+@pytest.mark.parametrize("policy", ["none", "mixup"])
+def test_a_very_rare_class_is_not_what_a_smoothed_target_of_another_says(policy: str) -> None:
+    """Sixty to one, and easy to tell apart: torch's own weights would have all taken for the rare class."""
+    labels = (torch.arange(610) >= 600).long()
+    photos = (20 + 200 * labels.byte())[:, None, None, None].expand(-1, 3, 4, 4)
+    toy = {"inputs": photos, "labels": labels, "rows": torch.arange(610), "classes": 2, "batch_size": 61}
+    head = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    model = Classifier(nn.Flatten(), head, Preprocessing(size=4))
+    config = replace(PLAIN, class_weights=True, label_smoothing=0.1, epochs=10, patience=10)
+    [*_, last] = training(model, config, train=Batches(**toy, shuffle=True, policy=policy), val=Batches(**toy))
+    assert last.accuracy > 0.95
+
+
 def test_clipped_gradients_move_the_weights_less() -> None:
     """With plain steps; Adam's do not depend on the size of gradients."""
     moved = []
@@ -352,6 +376,13 @@ def test_the_head_is_trained_first_and_then_all_of_it() -> None:
         moved.append({name.partition(".")[0] for name in after if after[name] != before[name]})
         before = after
     assert moved == [{"head"}] * 2 + [{"head", "trunk"}] * 3
+
+
+def test_patience_is_for_the_whole_network_and_not_for_its_head_alone() -> None:
+    train, model = photos_and_model()
+    config = replace(PLAIN, epochs=9, head_epochs=5, patience=2, learning_rate=1e-12)  # it gets no better
+    numbers = [epoch.number for epoch in training(model, config, train=train, val=train)]
+    assert numbers[-1] == config.head_epochs + config.patience
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
