@@ -11,7 +11,6 @@ network, such as mirrored views and temperatures (`inference.py`).
 
 import copy
 import importlib.util
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fruitray.backbones import Classifier, fast_in_bfloat16
 from fruitray.errors import GpuFullError, UsageError
+from fruitray.machine import has_compiler
 from fruitray.memory import full_gpu_told, in_halves
 
 EngineName = Literal["eager", "compile", "openvino"]
@@ -69,8 +69,7 @@ def pick_engine(photos: int, *, gpu: bool) -> EngineName:
         return "eager"
     if importlib.util.find_spec("openvino"):
         return "openvino"
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    return "compile" if compiler and photos >= COMPILE_PAYS else "eager"
+    return "compile" if photos >= COMPILE_PAYS and has_compiler() else "eager"
 
 
 def require_engine(name: EngineName, *, gpu: bool) -> None:

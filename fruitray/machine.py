@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import stat
 import tempfile
 from importlib import metadata
@@ -15,6 +16,11 @@ def versions() -> dict[str, str]:
     """Of everything that can change a prediction."""
     others = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
     return {"fruitray": __version__, "python": platform.python_version(), **others}
+
+
+def has_compiler() -> bool:
+    """Whether there is one that torch.compile can use."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,7 @@ from fruitray.backbones import Classifier, freeze, parameter_groups, unfreeze
 from fruitray.batches import Batch, Batches, epoch_seed
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, UsageError, one_line
+from fruitray.machine import has_compiler
 from fruitray.memory import keep_freed_memory
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
@@ -201,7 +202,13 @@ class Run:
 
 
 def prepare(device: torch.device, config: FitConfig) -> None:
-    """Set this process up for training on `device`."""
+    """Set this process up for training on `device`.
+
+    Raises:
+        UsageError: it is to compile, and there is no compiler.
+    """
+    if config.compile and not has_compiler():
+        raise UsageError("--compile: needs a C++ compiler where the training runs: install g++")
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":

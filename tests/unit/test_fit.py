@@ -429,6 +429,12 @@ def test_a_loss_that_is_no_number_ends_a_long_epoch_early() -> None:
     assert len(seen) < 200
 
 
+def test_compiling_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match="--compile"):
+        next(training(network(), replace(PLAIN, compile=True)))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_learns_the_same() -> None:
     plain, compiled = network(), network()
