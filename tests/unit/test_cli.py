@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fruitray import config
+from fruitray import config, console
 from fruitray.cli import JOBS, SHELLS, main, parse, run_job
 from fruitray.config import RECIPES, ModelConfig, to_json
 
@@ -215,6 +215,7 @@ def test_an_empty_folder_is_no_input(tmp_path: Path) -> None:
 def test_json_says_where_a_job_writes_also_when_there_was_nothing_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(console, "_OUT", console._OUT)  # to be as it was, when --json has had its way with it
     done = SimpleNamespace(run=lambda config: "score: nothing left to do")
     monkeypatch.setattr(importlib, "import_module", lambda name: done)
     assert run_job("score", ["--package", "p", "--images", "i", "--out", str(tmp_path), "--json"]) == 0
