@@ -21,7 +21,7 @@ from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
-from fruitray.index import FACTS, SCHEMA, Index
+from fruitray.index import FACTS, SCHEMA, Index, Pool
 from fruitray.rules import spare_copies, wrong_size
 
 Ints = NDArray[np.int64]
@@ -312,19 +312,20 @@ def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = Fa
         raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {found}{why}")
 
 
-def cross_validation(index: Index, folds: int, seed: int) -> list[int]:
-    """Of each photo of the index's pool the fold that holds it out, from 0: the index's own folds where it has as many,
-    else stratified ones that keep duplicates together.
-
-    Raises:
-        UsageError: a class has too few photos for the folds; with the count.
-    """
+def require_folds(index: Index, folds: int) -> None:
+    """Raise `UsageError`, with the count, if a class has too few photos for `cross_validation`."""
     pool = index.pool()
-    own = [fold for fold in pool.folds if fold is not None]
-    if len(own) == len(pool.folds) and max(own) == folds - 1:
-        return own
+    if _has_folds(pool, folds):
+        return
     for number, count in sorted(Counter(number for number, _ in {*zip(pool.labels, pool.groups, strict=True)}).items()):
         _require_enough(index.classes[number], count, folds)
+
+
+def cross_validation(pool: Pool, folds: int, seed: int) -> list[int]:
+    """Of each photo of `pool` the fold that holds it out, from 0: the index's own folds where it has as many, else
+    stratified ones that keep duplicates together."""
+    if _has_folds(pool, folds):
+        return [fold for fold in pool.folds if fold is not None]
     from sklearn.model_selection import StratifiedGroupKFold
 
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
@@ -333,6 +334,11 @@ def cross_validation(index: Index, folds: int, seed: int) -> list[int]:
         numbers[held_out] = fold
     found: list[int] = numbers.tolist()
     return found
+
+
+def _has_folds(pool: Pool, folds: int) -> bool:
+    own = [fold for fold in pool.folds if fold is not None]
+    return len(own) == len(pool.folds) and max(own) == folds - 1
 
 
 def _require_enough(label: str, photos: int, folds: int) -> None:

@@ -18,7 +18,7 @@ from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import GpuFullError, TryAgainError, find_ours
 from fruitray.fit import fit
-from fruitray.index import Index, read_index
+from fruitray.index import Pool, read_index
 from fruitray.metrics import accuracy, confusion, summary
 from fruitray.package import Package
 from fruitray.recipe import make_recipe
@@ -80,7 +80,7 @@ def train(
     initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
     device = pick_device(gpu=space["gpu"])
     pool = index.pool()
-    parts = _held_out(index, space["folds"], fit_config.seed)
+    parts = _held_out(pool, space["folds"], fit_config.seed)
     truth = [torch.tensor(pool.labels)[part] for part in parts]
     for fold in range(state["fold"], len(parts)):
         model = rebuilt(initial.model, config, len(index.classes))
@@ -108,11 +108,11 @@ def train(
         del model, recipe, epoch  # before the next fold's photos or embeddings are there
 
 
-def _held_out(index: Index, folds: int, seed: int) -> list[torch.Tensor]:
+def _held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
     """Of each fold (N,) bool: which photos of the pool are held out; without folds, of the index's split."""
     if not folds:
-        return [torch.tensor(index.pool().validated)]
-    numbers = torch.tensor(cross_validation(index, folds, seed))
+        return [torch.tensor(pool.validated)]
+    numbers = torch.tensor(cross_validation(pool, folds, seed))
     return [numbers == fold for fold in range(folds)]
 
 

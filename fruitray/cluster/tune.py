@@ -32,7 +32,7 @@ from fruitray.errors import FruitrayError, TrialsFailedError, UsageError, find_o
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
-from fruitray.split import cross_validation
+from fruitray.split import require_folds
 from fruitray.storage import Storage
 from fruitray.tables import parquet
 from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
@@ -74,7 +74,7 @@ def run(config: TuneConfig) -> str:
     out = open_output(config.out)
     require_ours(out, "tune", config, index.sha256)
     if config.folds:
-        cross_validation(index, config.folds, config.fit.seed)  # says now what each trial would
+        require_folds(index, config.folds)
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.image_size)
         return preflight("tune", reads, config.out, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial, disk=size)

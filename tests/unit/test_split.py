@@ -23,7 +23,7 @@ from fruitray.images import list_images
 from fruitray.index import FACTS, SCHEMA, Index, check_leaks
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
-from fruitray.split import cross_validation, decide, fill, quotas
+from fruitray.split import cross_validation, decide, fill, quotas, require_folds
 from fruitray.storage import LocalStorage
 from tests.tables import Row, broken, components, duplicate_pairs, facts, index_of, photo, shuffled, singles
 
@@ -677,14 +677,15 @@ def test_folds_of_an_index_without_any_are_stratified_and_too_few_photos_told() 
     table = index_of([*singles("apple", 20), *singles("pear", 10), *(photo("pear", 1, 1 << bit) for bit in range(5))])
     index = Index(table, "/p", "")
     pool = index.pool()
-    held_out = cross_validation(index, 5, -1)
+    require_folds(index, 5)
+    held_out = cross_validation(pool, 5, -1)
     for label, most in ((0, 4), (1, 7)):  # the five that are nearly one stay together
         found = Counter(fold for fold, own in zip(held_out, pool.labels, strict=True) if own == label)
         assert set(found) == set(range(5))
         assert max(found.values()) <= most
     assert len({fold for fold, group in zip(held_out, pool.groups, strict=True) if group[0] == "g"}) <= 1
     with pytest.raises(UsageError, match="--folds 12: class pear has 11 distinct photos"):
-        cross_validation(index, 12, 0)
+        require_folds(index, 12)
 
 
 # ---- real photos
