@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune.execution import class_cache
@@ -220,7 +222,9 @@ def _row(tried: Tried) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _end(tried: Tried) -> str:
     """Why a trial ended that could not say so itself; Ray tells it last."""
-    error = tried.get_pickled_error()
+    here, error = Path(tried.pickled_error_file or ""), None
+    with suppress(EOFError, UnpicklingError):  # Ray copies it to the storage while it writes it: a copy may be cut
+        error = cloudpickle.loads(here.read_bytes()) if here.is_file() else tried.get_pickled_error()
     lines = str(error or tried.get_error() or "it has not begun").strip().splitlines()
     return str(find_ours(error) or textwrap.shorten(lines[-1], LONGEST))
 

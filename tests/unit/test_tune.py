@@ -1,0 +1,42 @@
+"""What is told of trials that Ray Tune ran."""
+
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train._internal.storage import StorageContext
+from ray.tune.experiment import Trial
+
+from fruitray.cluster.tune import _end
+
+
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """A trial that failed, as Tune keeps it here and, in a whole copy, in its storage."""
+    monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path / "session"))
+    storage = StorageContext(str(tmp_path / "storage"), "tune")
+    trial = Trial("run_trial", stub=True, storage=storage, trial_id="1")
+    trial.init_local_path()
+    trial.handle_error(RayActorError(error_msg="its node was short of memory"))
+    copy = Path(trial.storage.trial_fs_path)
+    copy.mkdir(parents=True)
+    for name in (trial.pickled_error_file, trial.error_file):
+        (copy / Path(name).name).write_bytes(Path(name).read_bytes())
+    return trial
+
+
+def _copy(trial: Trial) -> Path:
+    return Path(trial.storage.trial_fs_path, Path(trial.pickled_error_file).name)
+
+
+def test_why_a_trial_failed_is_known_though_the_copy_in_the_storage_is_cut(failed: Trial) -> None:
+    _copy(failed).write_bytes(b"")
+    assert _end(failed) == "its node was short of memory"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_why_a_trial_failed_is_known_where_another_machine_ran_the_search(failed: Trial, cut: bool) -> None:
+    Path(failed.pickled_error_file).unlink()
+    if cut:
+        _copy(failed).write_bytes(_copy(failed).read_bytes()[:20])
+    assert _end(failed) == "its node was short of memory"
