@@ -16,6 +16,9 @@ from fruitray.networks import plan
 from fruitray.preprocess import Preprocessing
 from fruitray.weights import Weights
 
+FEW = 16
+"""Channels that PyTorch computes side by side on a CPU with AVX-512."""
+
 
 class Classifier(nn.Module):
     """A trunk that embeds photos and a head that tells classes: (B, 3, S, S) uint8 -> (B, C) float32 logits.
@@ -31,6 +34,7 @@ class Classifier(nn.Module):
         self.head = head
         self.preprocessing = preprocessing
         self.full_precision = False
+        self.layout = torch.contiguous_format if _breaks_channels_last(trunk) else torch.channels_last
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
@@ -51,6 +55,8 @@ class Classifier(nn.Module):
     def embed(self, photos: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32, what the head sees."""
         inputs = (photos.float() - self.mean) / self.std
+        if self.layout is torch.contiguous_format:
+            inputs = inputs.contiguous()
         with contextlib.nullcontext() if self.full_precision else autocast(photos.device):
             embedding: torch.Tensor = self.trunk(inputs)
         return embedding.float()
@@ -59,6 +65,13 @@ class Classifier(nn.Module):
         """(B, 3, S, S) uint8 -> (B, C) float32 logits."""
         logits: torch.Tensor = self.head(self.embed(photos))
         return logits
+
+
+def _breaks_channels_last(trunk: nn.Module) -> bool:
+    """Whether it strides over pixels of few channels, as timm's RepVGG does: PyTorch's backward pass of that on a CPU
+    writes beside its memory where channels come last (2.14, two to seven channels with AVX2)."""
+    convolutions = (module for module in trunk.modules() if isinstance(module, nn.Conv2d))
+    return any(conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < FEW for conv in convolutions)
 
 
 def build(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Classifier, Weights]:
@@ -84,13 +97,13 @@ def build(config: ModelConfig, classes: int, seed: int = 0) -> tuple[Classifier,
     if config.crop is not None:
         preprocessing = replace(preprocessing, crop=config.crop)
     model = Classifier(planned.trunk, layers, preprocessing)
-    return model.to(memory_format=torch.channels_last), planned.weights
+    return model.to(memory_format=model.layout), planned.weights
 
 
 def skeleton(config: ModelConfig, classes: int, preprocessing: Preprocessing) -> Classifier:
     """The classifier of a package before its weights are loaded: same shapes, no download."""
     model, _ = build(replace(config, weights="none", frozen=False, image_size=preprocessing.size), classes)
-    return Classifier(model.trunk, model.head, preprocessing).to(memory_format=torch.channels_last)
+    return Classifier(model.trunk, model.head, preprocessing).to(memory_format=model.layout)
 
 
 def rebuilt(model: Classifier, config: ModelConfig, classes: int) -> Classifier:

@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
         field("error", pa.string(), "why it failed"),
     ]
 )
+LISTED = 6
+"""Classes whose recall a screen shows one by one."""
 CLEAR = 0.05
 """Below this p-value two trials are told apart."""
 
@@ -108,7 +110,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "rate": row["learning_rate"],
         "batch": f"{row['batch_size']} in {row['parts']} parts" if (row["parts"] or 1) > 1 else row["batch_size"],
         "dropout": row["dropout"],
-        "recalls": " ".join(f"{recall:.2f}" for recall in row["recalls"] or ()),
+        "recalls": _recalls(row["recalls"] or ()),
         "best epoch": _best_epoch(row) if had else "",
         "seconds": row["seconds"],
         "images/s": row["images_per_s"],
@@ -116,6 +118,13 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "MiB": row["peak_memory"] and row["peak_memory"] >> 20,
         "start": (row["initial_state_hash"] or "")[:6],
     }
+
+
+def _recalls(recalls: Sequence[float]) -> str:
+    """Each class's, or where they are many the range, as other columns want room, too."""
+    if len(recalls) > LISTED:
+        return f"{min(recalls):.2f} to {max(recalls):.2f}"
+    return " ".join(f"{recall:.2f}" for recall in recalls)
 
 
 def _best_epoch(row: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fruitray.backbones import parameter_counts, pick_device, rebuilt, trained_p
 from fruitray.checkpoints import Pace
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
-from fruitray.errors import GpuFullError, TryAgainError, find_ours
+from fruitray.errors import GpuFullError, TryAgainError, find_ours, one_line
 from fruitray.fit import fit
 from fruitray.index import Pool, read_index
 from fruitray.metrics import accuracy, confusion, summary
@@ -42,7 +42,7 @@ def run_trial(space: dict[str, Any]) -> None:
             if not pace.cheap():
                 tune.report(last)
                 continue
-            with pace.saving(), tempfile.TemporaryDirectory() as folder:
+            with pace.saving(), _passing(), tempfile.TemporaryDirectory() as folder:
                 torch.save(state, os.path.join(folder, CHECKPOINT))
                 tune.report(last, checkpoint=tune.Checkpoint.from_directory(folder))
     except TryAgainError:
@@ -50,6 +50,15 @@ def run_trial(space: dict[str, Any]) -> None:
     except Exception as error:
         tune.report({**last, "error": reason(error)})
         raise
+
+
+@contextmanager
+def _passing() -> Iterator[None]:
+    """Takes what goes wrong as a checkpoint is kept, as where the storage cannot be reached, for what may pass."""
+    try:
+        yield
+    except OSError as error:
+        raise TryAgainError("a checkpoint", f"cannot be kept: {one_line(error)}") from error
 
 
 def reason(error: BaseException) -> str:

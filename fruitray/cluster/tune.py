@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import textwrap
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from pyarrow.fs import FileSelector
 from ray import cloudpickle, tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -30,7 +32,15 @@ from fruitray.cluster.runtime import claim, open_output, require_ours
 from fruitray.cluster.trial import LONGEST, run_trial
 from fruitray.config import TuneConfig
 from fruitray.console import LOG_INTERVAL_S, progress, reached, say
-from fruitray.errors import FruitrayError, TrialsFailedError, UsageError, find_ours, one_line
+from fruitray.errors import (
+    FruitrayError,
+    GpuFullError,
+    TrialsFailedError,
+    TryAgainError,
+    UsageError,
+    find_ours,
+    one_line,
+)
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
@@ -41,7 +51,7 @@ from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, ta
 
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
-SHORT_OF_MEMORY = "its node was short of memory, and Ray ended its worker; more --cpus-per-trial let fewer run at once"
+SHORT_OF_MEMORY = "its node was short of memory, and Ray ended it; more --cpus-per-trial, in another --out, run fewer"
 SAVED_S = 10.0
 """After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
 
@@ -84,11 +94,9 @@ def run(config: TuneConfig) -> str:
     claim(out, "tune", config, index.sha256)
     connect()
     require_room(1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
-    if config.fit.augment in VARIANTS:
-        for package in initial.values():
-            gpu = config.gpus_per_trial > 0
-            ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
-    found = sorted((_row(tried) for tried in _search(config, out, index.sha256)), key=lambda pair: rank(pair[0]))
+    without = _embed(config, index, initial) if config.fit.augment in VARIANTS else {}
+    tried = _search(config, out, index.sha256)
+    found = sorted((_row(trial, without) for trial in tried), key=lambda pair: rank(pair[0]))
     rows = [row for row, _ in found]
     out.write("trials.parquet", parquet(table(rows)))
     show_trials(rows)
@@ -129,6 +137,25 @@ def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str,
     return {network.backbone: found[network.backbone] for network in had if network.frozen}
 
 
+def _embed(config: TuneConfig, index: Index, initial: dict[str, Package]) -> dict[str, str]:
+    """Have the embeddings of the frozen backbones; answers why those that could not be embedded could not.
+
+    Their trials will fail, and the others go on.
+    """
+    errors: dict[str, FruitrayError] = {}
+    for backbone, package in initial.items():
+        gpu = config.gpus_per_trial > 0
+        try:
+            ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
+        except (GpuFullError, TryAgainError) as error:
+            errors[backbone] = error
+            say(f"tune: without {Network(backbone, True)}: {error}")
+    lost = [network.frozen and network.backbone not in initial.keys() - errors.keys() for network in networks(config)]
+    if errors and all(lost):
+        raise next(iter(errors.values()))
+    return {backbone: str(error) for backbone, error in errors.items()}
+
+
 def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
     """All trials, ended; those that an earlier, broken run finished are not run again."""
     shared = {"index": config.index, "out": out.uri, "folds": config.folds, "cpus": config.cpus_per_trial}
@@ -159,7 +186,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
                 storage_path=f"{out.uri}/_ray",
                 verbose=0,
                 callbacks=[_Ends(), _Lines()],
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # Tune's stored state may know the older only
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
@@ -206,8 +233,8 @@ def plain(number: int, trial: Trial) -> dict[str, Any]:
     return {"number": number, "axis": trial.axis, "model": asdict(trial.model), "fit": asdict(trial.fit)}
 
 
-def _row(tried: Tried) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A row of `SCHEMA`, and what of the trial `best.json` keeps."""
+def _row(tried: Tried, without: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of `SCHEMA`, and what of the trial `best.json` keeps; `without` is `_embed`'s."""
     chosen, measured = tried.config["trial"], tried.last_result or {}
     known = {**chosen["fit"], **chosen["model"], "axis": chosen["axis"], **measured, "trial": chosen["number"]}
     row = {name: known.get(name) for name in SCHEMA.names}
@@ -217,6 +244,8 @@ def _row(tried: Tried) -> tuple[dict[str, Any], dict[str, Any]]:
         row |= {"accuracy": None, "epochs": 0}
     if not row["error"] and (tried.status == Tried.ERROR or not row["epochs"]):
         row["error"] = _end(tried)
+    if row["error"] and chosen["model"]["frozen"]:
+        row["error"] = without.get(chosen["model"]["backbone"], row["error"])
     return row, {"model": chosen["model"], "fit": chosen["fit"]}
 
 
@@ -260,7 +289,9 @@ class _Ends(tune.Callback):  # type: ignore[misc]
         checkpoint = trial.checkpoint
         if checkpoint:
             with suppress(OSError):  # it is another's to clean up then; the results are safe
-                checkpoint.filesystem.delete_dir(checkpoint.path)
+                for kept in checkpoint.filesystem.get_file_info(FileSelector(os.path.dirname(checkpoint.path))):
+                    if kept.base_name.startswith("checkpoint_"):
+                        checkpoint.filesystem.delete_dir(kept.path)
 
 
 class _Lines(tune.Callback):  # type: ignore[misc]

@@ -92,7 +92,7 @@ def _config(out: str, backbone: str, fit_config: FitConfig, **options: Any) -> T
 
 
 def _space(config: TuneConfig, number: int) -> dict[str, Any]:
-    shared = {"index": config.index, "out": config.out, "folds": 0, "cpus": 1, "gpu": False}
+    shared = {"index": config.index, "index_sha256": "", "out": config.out, "folds": 0, "cpus": 1, "gpu": False}
     return {**shared, "trial": plain(number, draw_trials(config)[number])}
 
 

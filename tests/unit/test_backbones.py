@@ -29,6 +29,7 @@ from fruitray.backbones import (
     layer_summary,
     parameter_counts,
     parameter_groups,
+    rebuilt,
     skeleton,
     trained_part,
     unfreeze,
@@ -223,6 +224,16 @@ def test_a_skeleton_holds_the_weights_of_what_was_built(backbone: str) -> None:
 def test_any_timm_network_gets_a_head_that_fits(name: str) -> None:
     model = new(f"timm/{name}")
     assert logits(model, photos(model.preprocessing.size, 2)).shape == (2, 3)
+
+
+def test_a_network_that_torch_cannot_train_with_channels_last_is_not_laid_out_so() -> None:
+    """It would end this process."""
+    config = ModelConfig(backbone="timm/repvgg_a0", weights="none", image_size=64)
+    model = rebuilt(build(config, 3)[0], config, 3)
+    for _ in range(3):
+        step(model)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert new(TIMM).layout is torch.channels_last
 
 
 def test_a_network_normalises_the_photos_itself() -> None:

@@ -10,7 +10,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as Tried
 
-from fruitray.cluster.trial import LONGEST, reason, train
+from fruitray.cluster.trial import LONGEST, _passing, reason, train
 from fruitray.cluster.tune import _row, plain
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, OutputConflictError, TryAgainError
@@ -48,15 +48,20 @@ def test_a_trial_whose_index_was_prepared_anew_ends(tmp_path: Path) -> None:
         next(train(space(tmp_path, 0) | {"index_sha256": "another"}))
 
 
-def row(last_result: dict[str, Any] | None, error: Exception | str | None = None) -> dict[str, Any]:
-    """What the table says of a trial that ended so."""
+def ended(last_result: dict[str, Any] | None, error: Exception | str | None = None) -> Tried:
+    """A trial that ended so, as far as it is asked."""
     told = {
+        "pickled_error_file": None,
         "get_error": lambda: str(error) if error else None,
         "get_pickled_error": lambda: error if isinstance(error, Exception) else None,
     }
     status = Tried.ERROR if error else Tried.TERMINATED
-    tried = SimpleNamespace(config={"trial": TRIAL}, last_result=last_result, status=status, **told)
-    found, chosen = _row(cast(Tried, tried))
+    return cast(Tried, SimpleNamespace(config={"trial": TRIAL}, last_result=last_result, status=status, **told))
+
+
+def row(last_result: dict[str, Any] | None, error: Exception | str | None = None) -> dict[str, Any]:
+    """What the table says of a trial that ended so."""
+    found, chosen = _row(ended(last_result, error), {})
     assert chosen == {"model": asdict(CONFIG), "fit": asdict(FIT)}
     assert found["trial"] == 3
     return found
@@ -87,6 +92,20 @@ def test_a_trial_has_what_it_reported_last(tmp_path: Path) -> None:
     assert found["accuracy"] == pytest.approx(sum(found["right"]) / len(found["right"]))
     assert row(measured, DIED)["error"] == "its node was short of memory"
     assert row({**measured, "error": "the loss became nan"}, DIED)["error"] == "the loss became nan"
+
+
+@pytest.mark.parametrize(("frozen", "said"), [(True, "the GPU is full"), (False, "its node was short of memory")])
+def test_a_trial_that_had_no_embeddings_says_why_there_are_none(
+    frozen: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRIAL["model"], "frozen", frozen)
+    failed = _row(ended(None, DIED), {CONFIG.backbone: "the GPU is full"})[0]
+    assert failed["error"] == said
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_worth_another_try() -> None:
+    with pytest.raises(TryAgainError, match="a checkpoint: cannot be kept: no route to the store"), _passing():
+        raise OSError("no route to the store")
 
 
 def test_a_reason_is_one_line_that_holds_the_cause() -> None:

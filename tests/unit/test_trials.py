@@ -51,6 +51,18 @@ def test_rows_become_the_documented_table() -> None:
     assert all(field.metadata[b"description"] for field in found.schema)
 
 
+def test_of_many_classes_a_screen_shows_the_range_of_recalls_and_all_other_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few, many = [0.25, 0.5, 1.0], [place / 100 for place in range(100)]
+    for recalls, shown in ((few, "0.25 0.50 1.00"), (many, "0.00 to 0.99")):
+        show_trials([row(0, [True], recalls=recalls, learning_rate=1e-3, batch_size=64)])
+        printed = capsys.readouterr().out
+        assert shown in printed
+        assert "start" in printed
+        assert "not shown" not in printed
+
+
 def test_tables_show_trials_that_failed_too(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(0, [True]), row(1, [True], axis="batch size"), row(2, None, axis="network", error="no weights")]
     rows.append(row(3, [True], epochs=15, fold_accuracies=[1.0] * 5))

@@ -1,13 +1,17 @@
 """What is told of trials that Ray Tune ran."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
-from fruitray.cluster.tune import _end
+from fruitray.cluster import tune
+from fruitray.cluster.tune import _embed, _end
+from fruitray.config import TuneConfig
+from fruitray.errors import GpuFullError
 
 
 @pytest.fixture
@@ -40,3 +44,21 @@ def test_why_a_trial_failed_is_known_where_another_machine_ran_the_search(failed
     if cut:
         _copy(failed).write_bytes(_copy(failed).read_bytes()[:20])
     assert _end(failed) == "its node was short of memory"
+
+
+@pytest.mark.parametrize("others", [("mobilenet_v2",), ("cnn",)])
+def test_a_backbone_that_cannot_be_embedded_leaves_the_others_to_go_on(
+    others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed(index_uri: str, index: Any, package: str, *_: Any, **__: Any) -> None:
+        if package == "large":
+            raise GpuFullError
+
+    monkeypatch.setattr(tune, "ensure_features", embed)
+    initial: Any = {"resnet50": "large", "mobilenet_v2": "small"}
+    had = {name: initial[name] for name in ("resnet50", *others) if name in initial}
+    config = TuneConfig(index="index", out="out", backbones=("resnet50", *others))
+    index: Any = None
+    assert _embed(config, index, had) == {"resnet50": str(GpuFullError())}
+    with pytest.raises(GpuFullError):
+        _embed(TuneConfig(index="index", out="out", backbones=("resnet50",)), index, {"resnet50": initial["resnet50"]})
