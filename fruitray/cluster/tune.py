@@ -45,13 +45,15 @@ from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
 from fruitray.split import require_folds
-from fruitray.storage import Storage
+from fruitray.storage import Storage, open_storage
 from fruitray.tables import parquet
 from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
 
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
 SHORT_OF_MEMORY = "its node was short of memory, and Ray ended it; more --cpus-per-trial, in another --out, run fewer"
+STATE = "_ray/state.json"
+"""A copy of Tune's own."""
 SAVED_S = 10.0
 """After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
 
@@ -168,7 +170,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
             say(f"tune: {total} trials, as no other can be drawn from what there is to choose from")
     trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
     path, again = f"{out.uri}/_ray/tune", config.search != "optuna"  # which knows no trial that is run again
-    if tune.Tuner.can_restore(path) and any("/experiment_state" in entry.key for entry in out.list("_ray/tune/")):
+    if tune.Tuner.can_restore(path) and _whole_state(out):
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=again, param_space=space)
     else:
         tuner = tune.Tuner(
@@ -185,13 +187,40 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
                 name="tune",
                 storage_path=f"{out.uri}/_ray",
                 verbose=0,
-                callbacks=[_Ends(), _Lines()],
+                callbacks=[_Ends(out.uri), _Lines()],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # Tune's stored state may know the older only
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
     with progress("tune", total, "trials", in_logs=False):
         return list(tuner.fit()._experiment_analysis.trials)  # its results do not know which trial never reported
+
+
+def _whole_state(out: Storage) -> bool:
+    """Whether Tune has kept what it knows of its trials. It does so in place: where a kill cut that, the last copy of
+    ours takes its place, without which Tune would begin anew."""
+    key = _state_key(out)
+    if key and not _is_whole(out.read(key)) and out.exists(STATE):
+        out.write(key, out.read(STATE))
+    return key is not None
+
+
+def _copy_state(out: Storage) -> None:
+    key = _state_key(out)
+    if key and _is_whole(state := out.read(key)):
+        out.write(STATE, state)
+
+
+def _state_key(out: Storage) -> str | None:
+    """Of the newest: its name ends in the time when its driver began."""
+    return max((entry.key for entry in out.list("_ray/tune/experiment_state-")), default=None)
+
+
+def _is_whole(state: bytes) -> bool:
+    try:
+        return bool(json.loads(state))
+    except ValueError:
+        return False
 
 
 def _asha(config: TuneConfig) -> ASHAScheduler:
@@ -259,9 +288,11 @@ def _end(tried: Tried) -> str:
 
 
 class _Ends(tune.Callback):  # type: ignore[misc]
-    """What is done when a trial ends: soon its checkpoint goes, so that the disk holds those of running trials only."""
+    """What is done soon after a trial ends: Tune's state is copied, and the trial's checkpoints go, so that the disk
+    holds those of running trials only."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: str) -> None:
+        self._out = out
         self._ended: deque[tuple[float, Any]] = deque()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -278,6 +309,8 @@ class _Ends(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         while self._ended and time.monotonic() - self._ended[0][0] > SAVED_S:
+            with suppress(FruitrayError):  # the next trial to end tries again
+                _copy_state(open_storage(self._out))
             self._forget(self._ended.popleft()[1])
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
