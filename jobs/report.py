@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python -m jobs.report --runs s3://fruit/scores
 
-Every job does so at its end; this is for what was written before. Takes seconds.
+prepare, tune, train and score do so at their end; this is for what was written before. Takes seconds.
 """
 
 import sys

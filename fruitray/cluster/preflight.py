@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from fruitray.cluster.connection import connect
-from fruitray.cluster.placement import require_room, say_who_waits
+from fruitray.cluster.placement import require_room, room, say_who_waits
 from fruitray.cluster.runtime import on_node
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError, TryAgainError, UsageError
@@ -77,7 +77,8 @@ def preflight(
         raise faults[0]
     require_room(workers, cpus=cpus, gpus=gpus)
     say_who_waits(job, workers, cpus=cpus, gpus=gpus)
-    return f"{job}: {len(rows)} nodes reach all of it and have room for it; nothing was written"
+    held = " and have room for it" if room(cpus, gpus) >= workers else ""
+    return f"{job}: {len(rows)} nodes reach all of it{held}; nothing was written"
 
 
 def decoded_size(index: Index, side: int | None) -> int:

@@ -27,7 +27,7 @@ from fruitray.checkpoints import (
 )
 from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import cpus_per_gpu, require_room
+from fruitray.cluster.placement import cpus_per_gpu, require_room, say_who_waits
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
@@ -69,6 +69,7 @@ def run(config: TrainConfig) -> str:
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
         require_room(config.workers, **_share(config))
+        say_who_waits("train", config.workers, **_share(config))
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:

@@ -26,7 +26,7 @@ from fruitray.augment import VARIANTS
 from fruitray.backbones import freeze, layer_summary, unfreeze
 from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import require_room
+from fruitray.cluster.placement import require_room, say_who_waits
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, open_output, require_ours
 from fruitray.cluster.trial import LONGEST, run_trial
@@ -96,6 +96,7 @@ def run(config: TuneConfig) -> str:
     claim(out, "tune", config, index.sha256)
     connect()
     require_room(1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
+    say_who_waits("tune", 1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     without = _embed(config, index, initial) if config.fit.augment in VARIANTS else {}
     tried = _search(config, out, index.sha256)
     found = sorted((_row(trial, without) for trial in tried), key=lambda pair: rank(pair[0]))

@@ -95,5 +95,5 @@ def test_a_dry_run_says_whether_the_nodes_can_do_it_and_writes_nothing(
     assert (code, "decoded photos need" in printed) == (75, True), printed
     train = ("train", "--index", index, "--out", out, "--backbone", "cnn", "--dry-run", "--workers", "9")
     code, printed = cluster.run(*train, FRUITRAY_GROWING_CLUSTER="1")
-    assert (code, "6 of 9 workers wait for nodes" in printed) == (0, True), printed
+    assert (code, "6 of 9 workers wait for nodes" in printed, "have room" in printed) == (0, True, False), printed
     assert list(open_storage(out).list()) == []

@@ -63,7 +63,7 @@ def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
     rounds = request.config.getoption("--rounds")
     kills = ["worker", "driver", "node", "driver, politely"][: None if rounds > 1 else 2] * rounds
     random.Random(rounds).shuffle(kills)
-    epochs = len(kills) + 1
+    epochs = 2 * len(kills) + 1  # a kill can take until the next one
     calmly, disturbed = _command(place, "calm", epochs), _command(place, "killed", epochs)
     code, printed = nodes.cluster.run(*calmly)
     assert code == 0, printed
