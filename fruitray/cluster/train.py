@@ -126,7 +126,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
     resources = {"CPU": share["cpus"], **({"GPU": share["gpus"]} if config.gpu else {})}
     return _Trainer(
         _work,
-        train_loop_config=job,
+        train_loop_config={**job, "threads": int(share["cpus"])},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=resources
         ),
@@ -150,6 +150,7 @@ def _share(config: TrainConfig) -> dict[str, float]:
 
 def _work(job: dict[str, Any]) -> None:
     """One worker: its share of every batch; rank 0 keeps checkpoints and writes the package."""
+    torch.set_num_threads(job["threads"])  # Ray's number is another in a process that had a task before
     config, context = job["config"], ray.train.get_context()
     rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
     tell(_teller(job["lines"]))

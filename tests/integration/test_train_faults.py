@@ -76,9 +76,9 @@ def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
     code, printed = end_of(job)
     assert code == 0, printed
     assert "going on from a checkpoint" in printed
+    assert _history(place, "killed") == _history(place, "calm")
     calm, killed = (load_package(f"{place}/{name}").description for name in ("calm", "killed"))
     assert killed["files"]["model.safetensors"] == calm["files"]["model.safetensors"]
-    assert _history(place, "killed") == _history(place, "calm")
     assert killed["epochs"] == epochs
     assert _checkpoints(place) == []
     files = [entry.key for entry in open_storage(f"{place}/killed").list("tensorboard/")]
