@@ -140,6 +140,6 @@ def _read(storage: Storage, name: str) -> tuple[bytes, str | None]:
 def _prune(storage: Storage) -> None:
     """Delete all that is older than the `KEPT` newest, the commit before the state; leftovers of broken uploads too."""
     kept = list(committed_checkpoints(storage))[:KEPT]
-    old = [entry.key for entry in storage.list(_FOLDER) if entry.key < min(kept)]
+    old = [entry.key for entry in storage.list(_FOLDER) if entry.key < min(kept, default="")]
     for key in sorted(old, key=lambda key: not key.endswith(".json")):
         storage.delete(key)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from safetensors.torch import load as load_safetensors
@@ -100,6 +100,8 @@ def load_package(uri: str) -> Package:
     storage = open_storage(uri)
     description, model_id = read_description(storage)
     try:
+        for part, kind in (("model", ModelConfig), ("preprocessing", Preprocessing)):
+            _require_whole(part, description[part], kind)
         config, classes = ModelConfig(**description["model"]), _class_names(description["classes"])
         preprocessing = Preprocessing.from_json(description["preprocessing"])
         inference, names = Inference.from_json(description), _file_names(description["files"])
@@ -111,6 +113,12 @@ def load_package(uri: str) -> Package:
         if name == WEIGHTS:
             _load_weights(storage.uri_of(name), model, data)
     return Package(uri, model.eval(), classes, inference, model_id, description)
+
+
+def _require_whole(part: str, said: Any, kind: type[Any]) -> None:
+    """Nothing is left to a default, which may be another than what the network was trained with."""
+    if missing := {field.name for field in fields(kind)} - set(said):
+        raise ValueError(f"{part} lacks {', '.join(sorted(missing))}")
 
 
 def _file_names(said: Any) -> list[str]:
@@ -148,7 +156,9 @@ def _class_names(said: Any) -> tuple[str, ...]:
 
 def _load_weights(uri: str, model: Classifier, data: bytes) -> None:
     try:
-        state = load_safetensors(data)
+        state, wanted = load_safetensors(data), model.state_dict()
+        if any(state[name].dtype != tensor.dtype for name, tensor in wanted.items()):
+            raise ValueError("of other types")
         model.load_state_dict(state)
     except Exception as error:  # safetensors and torch raise types of their own
         raise ModelRejectedError(uri, "does not hold the weights of this model") from error

@@ -68,12 +68,14 @@ def run(config: TrainConfig) -> str:
         claim(out, "train", config, index.sha256)
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
-        require_room(config.workers, **_share(config))
-        say_who_waits("train", config.workers, **_share(config))
+        share = _share(config)
+        require_room(config.workers, **share)
+        say_who_waits("train", config.workers, **share)
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
-            _train(config, out, {"initial": initial.uri, "index_sha256": index.sha256, "lines": lines})
+            given = {"initial": initial.uri, "index_sha256": index.sha256, "lines": lines, "cpus": share["cpus"]}
+            _train(config, out, given)
     load_package(out.uri)  # which is verified: only then the checkpoints may go
     delete_checkpoints(out)
     model_id = show_final(out)
@@ -84,8 +86,8 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
     """Run the workers, which are `given` that, until the package stands, for as long as they get on between one failure
     and the next.
 
-    What would fail again is not tried again, as Ray Train does it. Where several work, none can compute a step again by
-    itself, so here they are told to do with less memory.
+    What would fail again is not tried again, as Ray Train does it. Where memory was too small and a worker could not
+    compute the step again by itself, as where several work, they are told here to do with less.
     """
     job = {"config": asdict(config), "out": out.uri, **given}
     parts, failures, share = config.fit.accumulate, 0, config.fit.batch_size // config.workers
@@ -98,7 +100,7 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
             if out.exists(DESCRIPTION):
                 return  # they had done all
             full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), find(error, RayActorError)
-            if full and config.workers > 1 and parts < share:
+            if full and parts < share:
                 parts = min(2 * parts, share)
                 say(f"train: too little memory; computing each step in {parts} parts")
                 continue
@@ -122,7 +124,7 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
 
 
 def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
-    share = _share(config)
+    share = _share(config, job["cpus"])
     resources = {"CPU": share["cpus"], **({"GPU": share["gpus"]} if config.gpu else {})}
     return _Trainer(
         _work,
@@ -137,15 +139,17 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
     )
 
 
-def _share(config: TrainConfig) -> dict[str, float]:
+def _share(config: TrainConfig, before: float = 1) -> dict[str, float]:
     """What each worker reserves: the CPUs of the smallest node, shared among the workers it gets; with a GPU, those
-    that any node has for each of its GPUs."""
+    that any node has for each of its GPUs. As `before` where no node is there, as when one that was lost is replaced:
+    other numbers of threads sum in other orders."""
     if config.gpu:
         return {"cpus": cpus_per_gpu(), "gpus": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
-    share = min(nodes, default=1) // -(-config.workers // max(1, len(nodes)))
-    return {"cpus": max(1, share), "gpus": 0}
+    if not nodes:
+        return {"cpus": before, "gpus": 0}
+    return {"cpus": max(1, min(nodes) // -(-config.workers // len(nodes))), "gpus": 0}
 
 
 def _work(job: dict[str, Any]) -> None:

@@ -261,6 +261,14 @@ def test_a_description_without_a_field_is_rejected(package: Path, field: str) ->
     rejected(package, field)
 
 
+@pytest.mark.parametrize(("part", "field"), [("preprocessing", "mean"), ("preprocessing", "crop"), ("model", "hidden")])
+def test_a_description_leaves_nothing_to_defaults(package: Path, part: str, field: str) -> None:
+    said = json.loads((package / "package.json").read_text())[part]
+    del said[field]
+    describe(package, **{part: said})
+    rejected(package, f"{part} lacks {field}")
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "", "a/b"])
 def test_a_description_leads_nowhere_else(package: Path, name: str) -> None:
     (package.parent / "secret").write_text("")
@@ -284,10 +292,11 @@ def test_one_changed_byte_of_any_file_is_noticed(package: Path, name: str, posit
         lambda state: state.pop("head.4.bias"),
         lambda state: state.update(extra=torch.zeros(1)),
         lambda state: state.update({"head.4.bias": torch.zeros(4)}),
+        lambda state: state.update({"head.4.bias": state["head.4.bias"].to(torch.int8)}),
         lambda state: state["head.4.bias"].fill_(float("nan")),
         lambda state: state["trunk.0.weight"].view(-1)[3:4].fill_(float("inf")),
     ],
-    ids=["one missing", "one too many", "another shape", "nan", "inf"],
+    ids=["one missing", "one too many", "another shape", "another type", "nan", "inf"],
 )
 def test_weights_that_do_not_fit_are_rejected(package: Path, edit: Any) -> None:
     edit_weights(package, edit)
