@@ -48,11 +48,22 @@ def cpus_per_gpu() -> int:
     return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes), default=1))
 
 
-def say_who_waits(job: str, workers: int, *, cpus: float, gpus: float) -> None:
-    """Whether all can start now: others may hold what is there, and nodes may have to come."""
+def seek_room(job: str, workers: int, *, cpus: float, gpus: float) -> bool:
+    """Say who waits; answers whether the nodes that are there hold all.
+
+    Raises:
+        UsageError: as `require_room`.
+    """
+    require_room(workers, cpus=cpus, gpus=gpus)
+    return say_who_waits(job, workers, cpus=cpus, gpus=gpus)
+
+
+def say_who_waits(job: str, workers: int, *, cpus: float, gpus: float) -> bool:
+    """Say who cannot start now: others may hold what is there, and nodes may have to come. Whether none have to."""
     if (there := room(cpus, gpus)) < workers:
         say(f"{job}: {workers - there} of {workers} workers wait for nodes that are not there yet")
     free = ray.available_resources()
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         if free.get(kind, 0) < min(workers, there) * each:
             say(f"{job}: other jobs hold {kind}s, {free.get(kind, 0):g} are free now; workers wait for them")
+    return there >= workers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from fruitray.cluster.connection import connect
-from fruitray.cluster.placement import require_room, room, say_who_waits
+from fruitray.cluster.placement import seek_room
 from fruitray.cluster.runtime import on_node
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError, TryAgainError, UsageError
@@ -75,9 +75,7 @@ def preflight(
     show_table("nodes", rows)
     if faults:
         raise faults[0]
-    require_room(workers, cpus=cpus, gpus=gpus)
-    say_who_waits(job, workers, cpus=cpus, gpus=gpus)
-    held = " and have room for it" if room(cpus, gpus) >= workers else ""
+    held = " and have room for it" if seek_room(job, workers, cpus=cpus, gpus=gpus) else ""
     return f"{job}: {len(rows)} nodes reach all of it{held}; nothing was written"
 
 

@@ -17,7 +17,7 @@ from ray import ObjectRef
 from fruitray import status
 from fruitray.audit import LINES, audit, hints, summary
 from fruitray.cluster.connection import connect
-from fruitray.cluster.placement import require_room, say_who_waits
+from fruitray.cluster.placement import seek_room
 from fruitray.cluster.preflight import preflight
 from fruitray.cluster.runtime import (
     answer_of,
@@ -54,8 +54,7 @@ def run(config: PrepareConfig) -> str:
     if config.dry_run:
         return preflight("prepare", [config.images], config.out, cpus=1)
     connect()
-    require_room(1, cpus=1, gpus=0)
-    say_who_waits("prepare", 1, cpus=1, gpus=0)
+    seek_room("prepare", 1, cpus=1, gpus=0)
     if config.probe:
         from fruitray.cluster import suspects  # on use: it needs torch
 

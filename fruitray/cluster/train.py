@@ -27,7 +27,7 @@ from fruitray.checkpoints import (
 )
 from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import cpus_per_gpu, require_room, say_who_waits
+from fruitray.cluster.placement import cpus_per_gpu, seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
@@ -69,8 +69,7 @@ def run(config: TrainConfig) -> str:
         out.write("layers.txt", layer_summary(initial.model).encode())
         connect()
         share = _share(config)
-        require_room(config.workers, **share)
-        say_who_waits("train", config.workers, **share)
+        seek_room("train", config.workers, **share)
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
@@ -128,7 +127,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
     resources = {"CPU": share["cpus"], **({"GPU": share["gpus"]} if config.gpu else {})}
     return _Trainer(
         _work,
-        train_loop_config={**job, "threads": int(share["cpus"])},
+        train_loop_config={**job, "cpus": share["cpus"]},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=resources
         ),
@@ -154,7 +153,7 @@ def _share(config: TrainConfig, before: float = 1) -> dict[str, float]:
 
 def _work(job: dict[str, Any]) -> None:
     """One worker: its share of every batch; rank 0 keeps checkpoints and writes the package."""
-    torch.set_num_threads(job["threads"])  # Ray's number is another in a process that had a task before
+    torch.set_num_threads(int(job["cpus"]))  # Ray's number is another in a process that had a task before
     config, context = job["config"], ray.train.get_context()
     rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
     tell(_teller(job["lines"]))

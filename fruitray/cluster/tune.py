@@ -1,24 +1,12 @@
 """tune: trials of several backbones, scheduled by Ray Tune; every trial of a backbone starts from the same weights."""
 
 import json
-import logging
-import os
-import textwrap
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from pyarrow.fs import FileSelector
-from ray import cloudpickle, tune
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-from ray.tune.execution import class_cache
+from ray import tune
 from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler
 
@@ -26,60 +14,27 @@ from fruitray.augment import VARIANTS
 from fruitray.backbones import freeze, layer_summary, unfreeze
 from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import require_room, say_who_waits
+from fruitray.cluster.placement import seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, open_output, require_ours
-from fruitray.cluster.trial import LONGEST, run_trial
+from fruitray.cluster.trial import run_trial
+from fruitray.cluster.watch import RETRIES, Ends, Lines, end_of, mend_state
 from fruitray.config import TuneConfig
-from fruitray.console import LOG_INTERVAL_S, progress, reached, say
+from fruitray.console import progress, say
 from fruitray.errors import (
     FruitrayError,
     GpuFullError,
     TrialsFailedError,
     TryAgainError,
     UsageError,
-    find_ours,
-    one_line,
 )
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
 from fruitray.split import require_folds
-from fruitray.storage import Storage, open_storage
+from fruitray.storage import Storage
 from fruitray.tables import parquet
 from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
-
-RETRIES = 2
-"""How often a trial whose worker was lost begins again."""
-SHORT_OF_MEMORY = "its node was short of memory, and Ray ended it; more --cpus-per-trial, in another --out, run fewer"
-STATE = "_ray/state.json"
-"""A copy of Tune's own."""
-SAVED_S = 10.0
-"""After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
-
-# The whole stack of a trial that fails, whose reason is a line of ours.
-logging.getLogger("ray.tune.execution.tune_controller").addFilter(
-    lambda record: not record.getMessage().startswith("Trial task failed")
-)
-# Else Tune writes the driver's keys into every trial's runtime environment, which Ray shows and logs in clear.
-class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
-
-
-def _as_death(hear: Callable[..., None]) -> Callable[..., None]:
-    """Tells `hear`, of Tune's manager of actors, of a worker's death where an error is of another kind, as where one is
-    killed for want of memory: else that ends the search."""
-
-    def told(manager: RayActorManager, *, exception: Exception, **whose: Any) -> None:
-        if not isinstance(exception, RayActorError | RayTaskError):
-            short = isinstance(exception, OutOfMemoryError)
-            exception = RayActorError(error_msg=SHORT_OF_MEMORY if short else one_line(exception))
-        hear(manager, exception=exception, **whose)
-
-    return told
-
-
-for _name in ("_actor_start_failed", "_actor_task_failed"):
-    setattr(RayActorManager, _name, _as_death(getattr(RayActorManager, _name)))
 
 
 def run(config: TuneConfig) -> str:
@@ -95,8 +50,7 @@ def run(config: TuneConfig) -> str:
     initial = _initial_models(config, out, index)
     claim(out, "tune", config, index.sha256)
     connect()
-    require_room(1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
-    say_who_waits("tune", 1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
+    seek_room("tune", 1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     without = _embed(config, index, initial) if config.fit.augment in VARIANTS else {}
     tried = _search(config, out, index.sha256)
     found = sorted((_row(trial, without) for trial in tried), key=lambda pair: rank(pair[0]))
@@ -171,7 +125,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
             say(f"tune: {total} trials, as no other can be drawn from what there is to choose from")
     trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
     path, again = f"{out.uri}/_ray/tune", config.search != "optuna"  # which knows no trial that is run again
-    if tune.Tuner.can_restore(path) and _whole_state(out):
+    if tune.Tuner.can_restore(path) and mend_state(out):
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=again, param_space=space)
     else:
         tuner = tune.Tuner(
@@ -188,40 +142,13 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
                 name="tune",
                 storage_path=f"{out.uri}/_ray",
                 verbose=0,
-                callbacks=[_Ends(out.uri), _Lines()],
+                callbacks=[Ends(out.uri), Lines()],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # Tune's stored state may know the older only
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
     with progress("tune", total, "trials", in_logs=False):
         return list(tuner.fit()._experiment_analysis.trials)  # its results do not know which trial never reported
-
-
-def _whole_state(out: Storage) -> bool:
-    """Whether Tune has kept what it knows of its trials. It does so in place: where a kill cut that, the last copy of
-    ours takes its place, without which Tune would begin anew."""
-    key = _state_key(out)
-    if key and not _is_whole(out.read(key)) and out.exists(STATE):
-        out.write(key, out.read(STATE))
-    return key is not None
-
-
-def _copy_state(out: Storage) -> None:
-    key = _state_key(out)
-    if key and _is_whole(state := out.read(key)):
-        out.write(STATE, state)
-
-
-def _state_key(out: Storage) -> str | None:
-    """Of the newest: its name ends in the time when its driver began."""
-    return max((entry.key for entry in out.list("_ray/tune/experiment_state-")), default=None)
-
-
-def _is_whole(state: bytes) -> bool:
-    try:
-        return bool(json.loads(state))
-    except ValueError:
-        return False
 
 
 def _asha(config: TuneConfig) -> ASHAScheduler:
@@ -273,84 +200,7 @@ def _row(tried: Tried, without: dict[str, str]) -> tuple[dict[str, Any], dict[st
     else:
         row |= {"accuracy": None, "epochs": 0}
     if not row["error"] and (tried.status == Tried.ERROR or not row["epochs"]):
-        row["error"] = _end(tried)
+        row["error"] = end_of(tried)
     if row["error"] and chosen["model"]["frozen"]:
         row["error"] = without.get(chosen["model"]["backbone"], row["error"])
     return row, {"model": chosen["model"], "fit": chosen["fit"]}
-
-
-def _end(tried: Tried) -> str:
-    """Why a trial ended that could not say so itself; Ray tells it last."""
-    here, error = Path(tried.pickled_error_file or ""), None
-    with suppress(EOFError, UnpicklingError):  # Ray copies it to the storage while it writes it: a copy may be cut
-        error = cloudpickle.loads(here.read_bytes()) if here.is_file() else tried.get_pickled_error()
-    lines = str(error or tried.get_error() or "it has not begun").strip().splitlines()
-    return str(find_ours(error) or textwrap.shorten(lines[-1], LONGEST))
-
-
-class _Ends(tune.Callback):  # type: ignore[misc]
-    """What is done soon after a trial ends: Tune's state is copied, and the trial's checkpoints go, so that the disk
-    holds those of running trials only."""
-
-    def __init__(self, out: str) -> None:
-        self._out = out
-        self._ended: deque[tuple[float, Any]] = deque()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        trial.max_failures = RETRIES  # also if it had failed for good, and the search is run again
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if result.get("error"):  # it would fail again: only a lost worker is worth another try
-            trial.max_failures = 0
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended.append((time.monotonic(), trial))
-
-    on_trial_error = on_trial_complete
-
-    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        while self._ended and time.monotonic() - self._ended[0][0] > SAVED_S:
-            with suppress(FruitrayError):  # the next trial to end tries again
-                _copy_state(open_storage(self._out))
-            self._forget(self._ended.popleft()[1])
-
-    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
-        for trial in trials:  # also those that ended before the search was broken off
-            if trial.is_finished():
-                self._forget(trial)
-
-    def _forget(self, trial: Any) -> None:
-        checkpoint = trial.checkpoint
-        if checkpoint:
-            with suppress(OSError):  # it is another's to clean up then; the results are safe
-                for kept in checkpoint.filesystem.get_file_info(FileSelector(os.path.dirname(checkpoint.path))):
-                    if kept.base_name.startswith("checkpoint_"):
-                        checkpoint.filesystem.delete_dir(kept.path)
-
-
-class _Lines(tune.Callback):  # type: ignore[misc]
-    """A line on the console for every trial that ends, and now and then for one that goes on."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if time.monotonic() - self._last >= LOG_INTERVAL_S and not result.get("error"):
-            self._line(trials, trial, f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        result = trial.last_result
-        said = f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs"
-        self._line(trials, trial, said)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._line(trials, trial, f"failed: {trial.last_result.get('error') or _end(trial)}")
-
-    def _line(self, trials: list[Any], trial: Any, text: str) -> None:
-        self._last = time.monotonic()
-        number, model, fit = (trial.config["trial"][part] for part in ("number", "model", "fit"))
-        options = f"learning rate {fit['learning_rate']:.3g}, batch {fit['batch_size']}, dropout {model['dropout']}"
-        network = Network(model["backbone"], model["frozen"])
-        ended = sum(other.is_finished() for other in trials)
-        reached(ended)
-        say(f"tune: {ended} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")

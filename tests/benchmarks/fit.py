@@ -45,7 +45,7 @@ def _model(backbone: str) -> Classifier:
     return build(ModelConfig(backbone=backbone, weights="none", image_size=SIZES.get(backbone)), classes=3)[0]
 
 
-def _photos(folder: str, model: Classifier, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def photos_and_labels(folder: str, model: Classifier, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` decoded photos, evenly from all classes, and their labels."""
     storage = open_storage(folder)
     entries = sorted(storage.list(), key=lambda entry: entry.key)
@@ -58,7 +58,7 @@ def _photos(folder: str, model: Classifier, count: int) -> tuple[torch.Tensor, t
 def fruitray(folder: str, backbone: str, *, compiled: bool = False) -> float:
     """Images per second of `fit()`."""
     model = _model(backbone)
-    photos, labels = _photos(folder, model, PHOTOS[backbone])
+    photos, labels = photos_and_labels(folder, model, PHOTOS[backbone])
     rows = torch.arange(len(labels))
     train = Batches(inputs=photos, labels=labels, rows=rows, classes=3, batch_size=BATCH, shuffle=True)
     val = Batches(inputs=photos, labels=labels, rows=rows[:8], classes=3, batch_size=BATCH)
@@ -69,7 +69,7 @@ def fruitray(folder: str, backbone: str, *, compiled: bool = False) -> float:
 def plain(folder: str, backbone: str) -> float:
     """Images per second of a loop as one writes it by hand, over the same decoded photos."""
     model = _model(backbone)
-    photos, labels = _photos(folder, model, PHOTOS[backbone])
+    photos, labels = photos_and_labels(folder, model, PHOTOS[backbone])
     network, mean, std = nn.Sequential(model.trunk, model.head), model.mean, model.std
 
     def batches() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

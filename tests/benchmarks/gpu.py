@@ -22,11 +22,11 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from fruitray.backbones import Classifier, autocast, build
-from fruitray.batches import Batches, decoded_photos, near
+from fruitray.batches import Batches, near
 from fruitray.config import RECIPES, FitConfig, ModelConfig
 from fruitray.fit import fit
-from fruitray.storage import open_storage
 from tests.benchmarks.audit import REAL, draw
+from tests.benchmarks.fit import photos_and_labels
 
 BATCH, SIZE, REPORT_SIZE, CLASSES = 64, 288, 300, 3
 SHOWN = 12_800
@@ -36,16 +36,11 @@ REPORT = replace(RECIPES["report"], epochs=7, patience=7, batch_size=BATCH)
 
 
 def _ready(folder: str, count: int, size: int, device: torch.device) -> tuple[Classifier, partial[Batches]]:
-    """An untrained network, and batches of `count` decoded photos evenly from all of `folder`."""
+    """An untrained network, and batches of `count` decoded photos."""
     model, _ = build(ModelConfig(backbone="efficientnet_b2", weights="none", image_size=size), classes=CLASSES)
-    storage = open_storage(folder)
-    entries = sorted(storage.list(), key=lambda entry: entry.key)
-    entries = [entries[place * len(entries) // count] for place in range(count)]
-    names = sorted({entry.key.partition("/")[0] for entry in entries})
-    labels = torch.tensor([names.index(entry.key.partition("/")[0]) for entry in entries])
-    photos = near(decoded_photos(storage, entries, model.preprocessing), device)
+    photos, labels = photos_and_labels(folder, model, count)
     return model.to(device), partial(
-        Batches, inputs=photos, labels=labels, classes=CLASSES, batch_size=BATCH, device=device
+        Batches, inputs=near(photos, device), labels=labels, classes=CLASSES, batch_size=BATCH, device=device
     )
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fruitray.cluster.tune import SHORT_OF_MEMORY
+from fruitray.cluster.watch import SHORT_OF_MEMORY
 from fruitray.errors import TrialsFailedError
 from fruitray.index import read_index
 from fruitray.storage import open_storage

@@ -9,7 +9,8 @@ from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
 from fruitray.cluster import tune
-from fruitray.cluster.tune import _copy_state, _embed, _end, _whole_state
+from fruitray.cluster.tune import _embed
+from fruitray.cluster.watch import copy_state, end_of, mend_state
 from fruitray.config import TuneConfig
 from fruitray.errors import GpuFullError
 from fruitray.storage import open_storage
@@ -36,7 +37,7 @@ def _copy(trial: Trial) -> Path:
 
 def test_why_a_trial_failed_is_known_though_the_copy_in_the_storage_is_cut(failed: Trial) -> None:
     _copy(failed).write_bytes(b"")
-    assert _end(failed) == "its node was short of memory"
+    assert end_of(failed) == "its node was short of memory"
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -44,17 +45,17 @@ def test_why_a_trial_failed_is_known_where_another_machine_ran_the_search(failed
     Path(failed.pickled_error_file).unlink()
     if cut:
         _copy(failed).write_bytes(_copy(failed).read_bytes()[:20])
-    assert _end(failed) == "its node was short of memory"
+    assert end_of(failed) == "its node was short of memory"
 
 
 def test_what_tune_knows_of_its_trials_is_found_again_where_a_kill_cut_it(tmp_path: Path) -> None:
     out, newest = open_storage(str(tmp_path)), "_ray/tune/experiment_state-2026-11-28_08-00-00.json"
-    assert not _whole_state(out)
+    assert not mend_state(out)
     out.write("_ray/tune/experiment_state-2026-11-27_09-00-00.json", b'{"trials": "of an earlier driver"}')
     for state in (b'{"trials": 1}', b'{"trials": 1', b""):
         out.write(newest, state)
-        _copy_state(out)
-        assert _whole_state(out)
+        copy_state(out)
+        assert mend_state(out)
         assert out.read(newest) == b'{"trials": 1}'
 
 
