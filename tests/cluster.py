@@ -188,8 +188,8 @@ class Nodes:
         self.cluster, self._stack = cluster, stack
         self.raylet = self.add()
 
-    def add(self) -> psutil.Process:
-        return self._stack.enter_context(ray_node(self.cluster))
+    def add(self, cpus: int = 2) -> psutil.Process:
+        return self._stack.enter_context(ray_node(self.cluster, cpus))
 
     def replace(self) -> None:
         self.raylet.kill()

@@ -12,6 +12,7 @@ import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
 
 from fruitray import status
@@ -27,7 +28,7 @@ from fruitray.checkpoints import (
 )
 from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
-from fruitray.cluster.placement import cpus_per_gpu, seek_room
+from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
@@ -86,19 +87,26 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
     and the next.
 
     What would fail again is not tried again, as Ray Train does it. Where memory was too small and a worker could not
-    compute the step again by itself, as where several work, they are told here to do with less.
+    compute the step again by itself, as where several work, they are told here to do with less. Where there is no room
+    for them, as after a node was lost, they wait, and every minute it is seen anew what each may have.
     """
     job = {"config": asdict(config), "out": out.uri, **given}
-    parts, failures, share = config.fit.accumulate, 0, config.fit.batch_size // config.workers
+    parts, failures, waiting, share = config.fit.accumulate, 0, False, config.fit.batch_size // config.workers
     while True:
         before = next(committed_checkpoints(out), None)
         try:
             _trainer(config, job | {"parts": parts}).fit()
             return
         except (WorkerGroupError, ControllerError, RayActorError) as error:
+            if find(error, WorkerGroupStartupTimeoutError):
+                if not waiting:
+                    say_who_waits("train", config.workers, **_share(config, job["cpus"]))
+                waiting = True
+                continue
+            waiting = False
             if out.exists(DESCRIPTION):
                 return  # they had done all
-            full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), find(error, RayActorError)
+            full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), _death(error)
             if full and parts < share:
                 parts = min(2 * parts, share)
                 say(f"train: too little memory; computing each step in {parts} parts")
@@ -115,6 +123,10 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
             cause = find(error, Exception) or error
             why = ours or ("a worker died" if died else f"{type(cause).__name__}: {one_line(cause)}")
             say(f"train: {why}; starting again")
+
+
+def _death(error: Exception) -> Exception | None:
+    return find(error, RayActorError) or find(error, WorkerGroupStartupFailedError)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
@@ -134,6 +146,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
             storage_path=f"{job['out']}/_ray",
+            failure_config=ray.train.FailureConfig(controller_failure_limit=0),  # it would wait without a word
         ),
     )
 

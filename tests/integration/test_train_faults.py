@@ -85,6 +85,21 @@ def test_whatever_is_killed_training_ends_as_if_nothing_had_been(
     assert len(files) == epochs + 2, "the options, each epoch once, and the best one"
 
 
+def test_where_no_node_is_left_train_says_who_waits_and_goes_on_with_the_smaller_one_that_comes(
+    nodes: Nodes, place: str
+) -> None:
+    job = nodes.cluster.start(*_command(place, "killed", 4), RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5")
+    _wait_within_an_epoch(nodes, place, job, "")
+    nodes.raylet.kill()
+    assert job.stdout
+    printed = next((line for line in job.stdout if "1 of 1 workers wait for nodes" in line), None)
+    assert printed, end_of(job)
+    nodes.raylet = nodes.add(cpus=1)
+    code, printed = end_of(job)
+    assert (code, "going on from a checkpoint" in printed) == (0, True), printed
+    assert len(_history(place, "killed")) == 4
+
+
 def _history(place: str, out: str) -> list[dict[str, Any]]:
     """What does not depend on the clock."""
     table = pq.read_table(pa.BufferReader(open_storage(f"{place}/{out}").read("history.parquet")))
