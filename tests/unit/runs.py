@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def write_photos_and_index(folder: Path, seed: int = 0) -> str:
         path = folder / "photos" / LABELS[number % 3] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(LABELS[number % 3], number + seed, (64, 64)).save(path)
+    return index_of_photos(photos, folder / f"index-{seed}", lambda key: int(Path(key).stem) < TRAIN)
+
+
+def index_of_photos(photos: LocalStorage, out: Path, trains: Callable[[str], bool]) -> str:
+    """The URI of an index of `photos`; those train of whose key `trains` says so."""
     rows = [
         {
             "uri": photos.uri_of(entry.key),
@@ -38,11 +44,10 @@ def write_photos_and_index(folder: Path, seed: int = 0) -> str:
             "bytes": entry.size,
             "etag": entry.etag,
             "group": entry.key,
-            "split": "train" if int(Path(entry.key).stem) < TRAIN else "val",
+            "split": "train" if trains(entry.key) else "val",
         }
         for entry in photos.list()
     ]
-    out = folder / f"index-{seed}"
     write_index(LocalStorage(str(out)), pa.Table.from_pylist(rows, SCHEMA), photos.uri)
     return str(out)
 
