@@ -4,6 +4,7 @@ Here stands what Ray reads of the environment when it is imported.
 """
 
 import os
+import sys
 
 ATTEMPTS = 10
 """How many workers may die over one task, or one table of a stream, before the job does."""
@@ -22,5 +23,7 @@ def token_path() -> str:
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
 
 
-if os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(token_path()):  # then `ray start` asks for it; to join, say so
+# Where there is a token, `ray start` asks for it; to join, say so. Unless Ray is imported, and has read this: what it
+# starts would ask for a token that it does not show.
+if "ray" not in sys.modules and (os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(token_path())):
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -1,6 +1,10 @@
 """Where a cluster is, who may join it, and what is said where none can be had."""
 
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,24 @@ def test_a_token_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest
     token.chmod(0o644)
     keep_token_private()
     assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, made)
+
+
+@pytest.mark.parametrize("imports", ["import ray, fruitray.cluster", "import fruitray.cluster, ray"])
+def test_where_there_is_a_token_ray_starts_whatever_was_imported_first(imports: str, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(64 * "a")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="fr-", ignore_cleanup_errors=True) as scratch:  # sockets need a short path
+        init = (
+            f"ray.init('local', num_cpus=1, object_store_memory=10**8, include_dashboard=False, _temp_dir='{scratch}')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", f"{imports}; {init}; print(ray.get(ray.put('started')))"],
+            env=environment | {"RAY_AUTH_TOKEN_PATH": str(token)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.stdout.strip() == "started", done.stderr
 
 
 @pytest.mark.parametrize(
