@@ -106,7 +106,8 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
             waiting = False
             if out.exists(DESCRIPTION):
                 return  # they had done all
-            full, ours, died = find(error, torch.OutOfMemoryError), find_ours(error), _death(error)
+            full, ours = find(error, torch.OutOfMemoryError), find_ours(error)
+            died = find(error, RayActorError) or find(error, WorkerGroupStartupFailedError)
             if full and parts < share:
                 parts = min(2 * parts, share)
                 say(f"train: too little memory; computing each step in {parts} parts")
@@ -123,10 +124,6 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
             cause = find(error, Exception) or error
             why = ours or ("a worker died" if died else f"{type(cause).__name__}: {one_line(cause)}")
             say(f"train: {why}; starting again")
-
-
-def _death(error: Exception) -> Exception | None:
-    return find(error, RayActorError) or find(error, WorkerGroupStartupFailedError)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]

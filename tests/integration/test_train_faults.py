@@ -1,6 +1,7 @@
 """Training goes on, whatever is killed: same epochs, same weights as an undisturbed run.
 
-A lost node is `test_nodes.py`'s; with `--rounds 4` one is lost here, too, and each is killed four times in one run.
+A node that is lost while others are left is `test_nodes.py`'s; here the only one is. With `--rounds 4` it is lost and
+replaced in the long run, too, and each is killed four times in it.
 """
 
 import os
