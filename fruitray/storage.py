@@ -264,7 +264,7 @@ def _require_utf8(root: str, key: str) -> None:
         raise StorageError(f"{root}/{shown}", "has a name that is not UTF-8: rename it") from error
 
 
-_LASTING = (errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_LASTING = (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 @contextmanager
@@ -275,6 +275,8 @@ def _errors(path: str) -> Iterator[None]:
         raise NotFoundError(path, "there is no such file or folder") from error
     except NotADirectoryError as error:
         raise NotFoundError(path, "a file is there, where a folder is needed") from error
+    except IsADirectoryError as error:
+        raise NotFoundError(path, "a folder is there, where a file is needed") from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -478,7 +478,7 @@ def test_a_file_replaced_or_deleted_after_the_listing_is_told_apart(tmp_path: Pa
     (tmp_path / "d.jpg").unlink()
     (tmp_path / "d.jpg").mkdir()
     codes = [item.code if isinstance(item, ImageError) else "fetched" for item in fetch(storage, entries)]
-    assert codes == ["fetched", "E_SRC_CHANGED", "E_SRC_GONE", "E_SRC_DENIED"]
+    assert codes == ["fetched", "E_SRC_CHANGED", "E_SRC_GONE", "E_SRC_GONE"]
 
 
 def test_symlinks_and_fifos_become_errors_and_are_never_opened(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_facts_cannot_hide_what_the_package_says_of_itself(tmp_path: Path) -> No
 def test_a_package_with_a_file_missing_is_rejected(package: Path, missing: str) -> None:
     (package / missing).unlink()
     rejected(package, missing)
+    (package / missing).mkdir()
+    rejected(package, missing)
 
 
 def test_a_place_that_is_not_there_is_rejected(tmp_path: Path) -> None:
