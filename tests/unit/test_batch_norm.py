@@ -51,7 +51,7 @@ def test_workers_with_unequal_shares_learn_what_one_learns(tmp_path: Path, affin
     spawn(work, (str(tmp_path), affine, halved), nprocs=len(SHARES))
     alone = network(affine)
     train(alone, alone.parameters(), slice(None), 1, halved)
-    tolerance = 2e-3 if halved else 1e-5
+    tolerance = 0.02 if halved else 1e-5
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, tensor in alone.state_dict().items():
         assert torch.equal(first[name], second[name]), name
