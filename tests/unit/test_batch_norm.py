@@ -14,6 +14,8 @@ from fruitray.batch_norm import Synchronised
 
 SHARES = (slice(0, 5), slice(5, 8))
 EXAMPLES = 8
+CASES = {"affine": (True, False), "not affine": (False, False), "bfloat16": (True, True)}
+"""Name -> (whether the layers have weights, whether all is in bfloat16)."""
 
 
 def network(affine: bool) -> nn.Module:
@@ -37,22 +39,31 @@ def train(module: nn.Module, parameters: Any, share: slice, workers: int, halved
         optimizer.step()
 
 
-def work(rank: int, folder: str, affine: bool, halved: bool) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(SHARES))
-    module = network(affine)
-    train(Synchronised(module), module.parameters(), SHARES[rank], len(SHARES), halved)
-    torch.save(module.state_dict(), Path(folder, f"{rank}.pt"))
+    for case, (affine, halved) in CASES.items():
+        module = network(affine)
+        train(Synchronised(module), module.parameters(), SHARES[rank], len(SHARES), halved)
+        torch.save(module.state_dict(), Path(folder, f"{case} {rank}.pt"))
     dist.destroy_process_group()  # its threads may hold tensors: left to the interpreter's end, they can abort it
 
 
-@pytest.mark.parametrize(("affine", "halved"), [(True, False), (False, False), (True, True)])
-def test_workers_with_unequal_shares_learn_what_one_learns(tmp_path: Path, affine: bool, halved: bool) -> None:
-    spawn(work, (str(tmp_path), affine, halved), nprocs=len(SHARES))
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each worker has learned in each case."""
+    folder = tmp_path_factory.mktemp("learned")
+    spawn(work, (str(folder),), nprocs=len(SHARES))
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_workers_with_unequal_shares_learn_what_one_learns(learned: Path, case: str) -> None:
+    affine, halved = CASES[case]
     alone = network(affine)
     train(alone, alone.parameters(), slice(None), 1, halved)
     tolerance = 0.02 if halved else 1e-5
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(learned / f"{case} {rank}.pt") for rank in range(2))
     for name, tensor in alone.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=tolerance, atol=tolerance)
