@@ -5,7 +5,7 @@
 
 `cache`: 16 trials of a frozen backbone, 10 epochs each, over the eightfold set, with the cache, which is built first;
 and without it, of which only some batches are run and the rest is computed, as it would take a day.
-`tune`: 16 trials of about 30 s, by Ray Tune on one CPU and one after the other in one process.
+`tune`: 16 trials of about 30 s, over some of the photos, by Ray Tune on one CPU and one after the other in one process.
 """
 
 import argparse
@@ -32,8 +32,11 @@ from fruitray.recipe import make_recipe
 from fruitray.search import draw_trials
 from fruitray.storage import open_storage
 from tests.benchmarks.audit import REAL, draw, start_ray
+from tests.benchmarks.train import some_photos
 
 TRIALS, EPOCHS = 16, 10
+SOME = 800
+"""Photos that a trial of about 30 s takes."""
 WEIGHTS = REAL.parents[1] / "weights"
 
 
@@ -122,7 +125,7 @@ def main() -> None:
         if arguments.what == "cache":
             cache(images, arguments.weights, f"{scratch}/out")
         else:
-            tune(images, f"{scratch}/out")
+            tune(some_photos(images, Path(scratch, "some"), SOME), f"{scratch}/out")
 
 
 if __name__ == "__main__":
