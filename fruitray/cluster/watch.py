@@ -150,21 +150,22 @@ class Lines(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if time.monotonic() - self._last >= LOG_INTERVAL_S and not result.get("error"):
-            self._line(trials, trial, f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far")
+            so_far = f"epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f} so far"
+            self._line(trials, trial, so_far, ended=False)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
         said = f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs"
-        self._line(trials, trial, said)
+        self._line(trials, trial, said, ended=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._line(trials, trial, f"failed: {trial.last_result.get('error') or end_of(trial)}")
+        self._line(trials, trial, f"failed: {trial.last_result.get('error') or end_of(trial)}", ended=True)
 
-    def _line(self, trials: list[Any], trial: Any, text: str) -> None:
+    def _line(self, trials: list[Any], trial: Any, text: str, *, ended: bool) -> None:
         self._last = time.monotonic()
         number, model, fit = (trial.config["trial"][part] for part in ("number", "model", "fit"))
         options = f"learning rate {fit['learning_rate']:.3g}, batch {fit['batch_size']}, dropout {model['dropout']}"
         network = Network(model["backbone"], model["frozen"])
-        ended = sum(other.is_finished() for other in trials)
-        reached(ended)
-        say(f"tune: {ended} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")
+        count = ended + sum(other.is_finished() for other in trials if other is not trial)  # Tune may not know it yet
+        reached(count)
+        say(f"tune: {count} of {len(trials)} trials ended; number {number} ({network}, {options}): {text}")

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from ray.exceptions import ActorDiedError
 
+from fruitray.backbones import fast_in_bfloat16
 from fruitray.checkpoints import save_checkpoint
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
@@ -102,13 +103,14 @@ def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str, wei
         assert code == 0, printed
         names = ("train_loss", "val_loss", "accuracy")
         measured.append([[epoch[name] for name in names] for epoch in _history(f"{place}/m{workers}")])
-    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=1e-3)
+    tolerance = 5e-3 if fast_in_bfloat16(torch.device("cpu")) else 1e-3
+    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=tolerance)
 
 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
     space = ("--backbones", "cnn", "--trials", "3", "--image-size", "64", "--epochs", "3", "--cpus-per-trial", "2")
     arguments = ("--index", f"{place}/index", "--out", f"{place}/tune", *space)
-    _end_when(cluster.start("tune", *arguments), "tune: 1 of 3 trials ended")
+    _end_when(cluster.start("tune", *arguments), "tune: 2 of 3 trials ended")
     code, printed = cluster.run("tune", *arguments)
     assert code == 0, printed
     trials = pq.read_table(pa.BufferReader(open_storage(f"{place}/tune").read("trials.parquet"))).to_pylist()
