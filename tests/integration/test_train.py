@@ -19,7 +19,6 @@ import torch
 import torchvision
 from ray.exceptions import ActorDiedError
 
-from fruitray.backbones import fast_in_bfloat16
 from fruitray.checkpoints import save_checkpoint
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
@@ -103,8 +102,7 @@ def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str, wei
         assert code == 0, printed
         names = ("train_loss", "val_loss", "accuracy")
         measured.append([[epoch[name] for name in names] for epoch in _history(f"{place}/m{workers}")])
-    tolerance = 5e-3 if fast_in_bfloat16(torch.device("cpu")) else 1e-3
-    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=tolerance)
+    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=1e-3)
 
 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
