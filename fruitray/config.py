@@ -193,6 +193,8 @@ class FitConfig:
     counted; the best epoch's weights are restored."""
     compile: bool = False
     """Use torch.compile, which takes a minute first."""
+    full_precision: bool = False
+    """Compute in float32 where bfloat16 is quicker, too."""
     deterministic: bool = False
     """On a GPU, use only operations that give the same bits in each run; a CPU does so anyway."""
     augment: str = "mirror"

@@ -67,7 +67,8 @@ class Work(NamedTuple):
 def features_key(index: Index, model: Classifier) -> str:
     """The folder, beside the index, of all embeddings of these photos by this trunk."""
     trunk = [str(model.trunk), state_hash(model.trunk.state_dict())]  # one file may fit two architectures
-    what = [index.sha256, trunk, asdict(model.preprocessing), model.preprocessing.enough, BLOCK, SCALE, DEGREES]
+    shown = [asdict(model.preprocessing), model.preprocessing.enough, SCALE, DEGREES]
+    what = [index.sha256, trunk, model.full_precision, shown, BLOCK]
     return f"features/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
 
 

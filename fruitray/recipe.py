@@ -42,7 +42,8 @@ def make_recipe(
     device: torch.device = CPU,
 ) -> Recipe:
     """Load the photos or, where the trunk is `frozen` and the augmentation a fixed set, their embeddings
-    (`cluster/embed.py` must have made them; not `cached`: do without); the batches come on `device`.
+    (`cluster/embed.py` must have made them; not `cached`: do without); the batches come on `device`. `model` then
+    computes as precisely as `config` says.
 
     `validation`, (N,) bool, says of each photo of the pool whether it is held out; the index's own split when it is not
     given.
@@ -52,6 +53,7 @@ def make_recipe(
         OutputConflictError: a photo is no longer what the index says.
         NotFoundError: there are no embeddings.
     """
+    model.full_precision = config.full_precision
     pool, policy = index.pool(), config.augment
     in_val = torch.tensor(pool.validated)
     held_out = in_val if validation is None else validation

@@ -12,7 +12,7 @@ import torch
 from fruitray.backbones import build, pick_device
 from fruitray.cluster.placement import worker_count
 from fruitray.cluster.runtime import open_input, stream
-from fruitray.config import ModelConfig
+from fruitray.config import FitConfig, ModelConfig
 from fruitray.console import progress, say
 from fruitray.features import Block, Work, features_key, make_parts, missing_parts
 from fruitray.index import Index, index_place
@@ -38,14 +38,15 @@ def initial_model(out: Storage, config: ModelConfig, classes: tuple[str, ...], s
 
 
 def ensure_features(
-    index_uri: str, index: Index, package: Package, policy: str, *, folds: bool = False, gpu: bool = False
+    index_uri: str, index: Index, package: Package, fit: FitConfig, *, folds: bool = False, gpu: bool = False
 ) -> None:
-    """Embed the index's photos with the package's trunk, as far as `policy` needs it and nobody has done it.
+    """Embed the index's photos with the package's trunk, as far as `fit` needs it and nobody has done it.
 
     `folds`: for cross-validation, where validation photos are trained on, too.
     """
+    package.model.full_precision = fit.full_precision
     key = features_key(index, package.model)
-    work = _shuffled(missing_parts(index_uri, index, key, policy, folds=folds))
+    work = _shuffled(missing_parts(index_uri, index, key, fit.augment, folds=folds))
     if not work:
         return
     views, made = sum(each.views for each in work), 0
@@ -53,7 +54,7 @@ def ensure_features(
         for done in stream(
             [pa.Table.from_pylist([{"block": asdict(each.block), "variants": each.variants}]) for each in work],
             _Embedder,
-            fn_constructor_args=(package.uri, index.images, index_uri, key, gpu),
+            fn_constructor_args=(package.uri, index.images, index_uri, key, gpu, fit.full_precision),
             compute=ray.data.ActorPoolStrategy(size=min(worker_count(0, gpu=gpu), len(work))),
             num_cpus=1,
             num_gpus=1 if gpu else 0,
@@ -73,9 +74,12 @@ def _shuffled(work: list[Work]) -> list[Work]:
 class _Embedder:
     """One worker: a block and variants in, their parts kept, counts out."""
 
-    def __init__(self, package_uri: str, images: str, index_uri: str, key: str, gpu: bool) -> None:
+    def __init__(
+        self, package_uri: str, images: str, index_uri: str, key: str, gpu: bool, full_precision: bool
+    ) -> None:
         torch.set_num_threads(1)
         self._model = load_package(package_uri).model
+        self._model.full_precision = full_precision
         self._photos, self._beside, self._key = open_input(images), index_place(index_uri)[0], key
         self._device = pick_device(gpu=gpu)
 

@@ -11,7 +11,7 @@ from fruitray.augment import VARIANTS
 from fruitray.backbones import build
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.runtime import answer_of, beside_driver, open_output
-from fruitray.config import ModelConfig, PrepareConfig
+from fruitray.config import FitConfig, ModelConfig, PrepareConfig
 from fruitray.console import SHOWN, say, show_table
 from fruitray.features import features_key, read_features
 from fruitray.index import read_index
@@ -30,7 +30,7 @@ def find_suspects(config: PrepareConfig) -> None:
     """Rank the labels of the index in `config.out` by how little the probe believes them; show the first ones."""
     out, index = open_output(config.out), read_index(config.out)
     package = initial_model(out, _probe_model(config), index.classes, config.seed)
-    ensure_features(config.out, index, package, "none", gpu=config.gpu)
+    ensure_features(config.out, index, package, FitConfig(augment="none"), gpu=config.gpu)
     key = features_key(index, package.model)
     facts = {
         "backbone": config.probe,

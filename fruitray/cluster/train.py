@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> str:
         share = _share(config)
         seek_room("train", config.workers, **share)
         if config.model.frozen and config.fit.augment in VARIANTS:
-            ensure_features(config.index, index, initial, config.fit.augment, gpu=config.gpu)
+            ensure_features(config.index, index, initial, config.fit, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
             given = {"initial": initial.uri, "index_sha256": index.sha256, "lines": lines, "cpus": share["cpus"]}
             _train(config, out, given)

@@ -103,7 +103,7 @@ def _embed(config: TuneConfig, index: Index, initial: dict[str, Package]) -> dic
     for backbone, package in initial.items():
         gpu = config.gpus_per_trial > 0
         try:
-            ensure_features(config.index, index, package, config.fit.augment, folds=config.folds > 0, gpu=gpu)
+            ensure_features(config.index, index, package, config.fit, folds=config.folds > 0, gpu=gpu)
         except (GpuFullError, TryAgainError) as error:
             errors[backbone] = error
             say(f"tune: without {Network(backbone, True)}: {error}")

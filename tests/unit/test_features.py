@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fruitray import features
+from fruitray import backbones, features
 from fruitray.augment import EIGHT, VARIANTS, fixed_variants
 from fruitray.backbones import Classifier, build, freeze
 from fruitray.batches import squares
@@ -104,11 +104,11 @@ def test_real_weights_reach_the_same_accuracy_with_and_without_kept_embeddings(
             shutil.copy(path, tmp_path / "photos" / label / f"{number}.jpg")
     photos = LocalStorage(str(tmp_path / "photos"))
     uri = index_of_photos(photos, tmp_path / "index", lambda key: int(Path(key).stem) >= 20)
-    config = FitConfig(epochs=3, batch_size=8, learning_rate=1e-3, augment="eightfold")
-    accuracies = []
+    config = FitConfig(epochs=3, batch_size=8, learning_rate=1e-3, augment="eightfold", full_precision=True)
+    accuracies = []  # in bfloat16 its last bit may tell a photo's class
     for cached in (True, False):
         model = network(backbone="mobilenet_v2", weights=str(shared_weights), image_size=96)
-        model.full_precision = True  # else bfloat16's last bit may tell a photo's class
+        model.full_precision = True
         if cached:
             keep_features(uri, model, "eightfold")
         plan = make_recipe(uri, read_index(uri), model, config, frozen=True, cached=cached)
@@ -152,15 +152,28 @@ def test_a_recipe_on_photos_holds_each_split_in_index_order(index_uri: str) -> N
     assert not made.val.shuffle
 
 
+def test_full_precision_trains_in_float32(index_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "fast_in_bfloat16", lambda device: True)
+    for precise in (True, False):
+        made = recipe(index_uri, network(), frozen=False, full_precision=precise)
+        given: list[torch.dtype] = []
+        made.model.trunk.register_forward_hook(lambda _, __, embedding, given=given: given.append(embedding.dtype))
+        trained(made)
+        assert set(given) == {torch.float32 if precise else torch.bfloat16}
+
+
 def test_the_key_names_all_that_the_embeddings_follow_from(tmp_path: Path, index_uri: str) -> None:
     index, model = read_index(index_uri), network()
     other = Classifier(model.trunk, model.head, replace(model.preprocessing, mean=(0.4, 0.5, 0.5)))
+    precise = network()
+    precise.full_precision = True
     leaky = network()
     leaky.trunk[1] = nn.LeakyReLU()  # the same tensors, another function
     keys = [
         features_key(index, model),
         features_key(index, network(seed=1)),
         features_key(index, other),
+        features_key(index, precise),
         features_key(index, leaky),
         features_key(read_index(write_photos_and_index(tmp_path / "other", seed=50)), model),
     ]
