@@ -209,6 +209,8 @@ def prepare(device: torch.device, config: FitConfig) -> None:
     """
     if config.compile and not has_compiler():
         raise UsageError("--compile: needs a C++ compiler where the training runs: install g++")
+    if config.compile:
+        torch.compiler.reset()  # what was compiled before in this process counts towards a limit
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":

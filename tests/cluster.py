@@ -54,6 +54,10 @@ class Cluster:
         quick = ("--no-report",) if job in DRAWING and not page else ()
         return self._start(["-m", f"jobs.{job}", *arguments, *quick], folder, environment)
 
+    def start_program(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+        """A driver that is no job of ours: `python -c program arguments`."""
+        return self._start(["-c", program, *arguments], ROOT, {})
+
     def start_apart(self, job: str, *arguments: str, cpus: int, **environment: str) -> subprocess.Popen[str]:
         """As `start`, on a Ray of its own with so many CPUs, which finds the same storage unless told otherwise."""
         scratch = self.folder / secrets.token_hex(2)

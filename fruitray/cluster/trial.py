@@ -1,7 +1,7 @@
-"""One trial of a search, in a worker of its own: reports after every epoch, and goes on where it was broken off."""
+"""One trial of a search, in a worker that may have had others before: reports after every epoch, and goes on where it
+was broken off."""
 
 import os
-import resource
 import tempfile
 import textwrap
 import time
@@ -19,6 +19,7 @@ from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import GpuFullError, TryAgainError, find_ours, one_line
 from fruitray.fit import fit
 from fruitray.index import Pool, read_index
+from fruitray.memory import forget_peak, peak_memory
 from fruitray.metrics import accuracy, confusion, summary
 from fruitray.package import Package
 from fruitray.recipe import make_recipe
@@ -27,6 +28,8 @@ from fruitray.storage import open_storage
 from fruitray.trials import pack
 
 CHECKPOINT = "checkpoint.pt"
+STOPS_WITHIN = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
+"""How long Tune waits for a trial that ASHA stops, before it fails the next one in its worker."""
 LONGEST = 300
 """Characters of a reason that is not ours."""
 
@@ -34,6 +37,8 @@ LONGEST = 300
 def run_trial(space: dict[str, Any]) -> None:
     """Train the trial that `space` describes, reporting to Tune. A failure is reported before it is raised, but for one
     that may pass."""
+    os.environ[STOPS_WITHIN] = "600"
+    forget_peak()
     torch.set_num_threads(max(1, int(space["cpus"])))
     last: dict[str, Any] = {"accuracy": 0.0, "epochs": 0}
     pace = Pace()
@@ -111,7 +116,7 @@ def train(
             }
             measured = _measured(state["predictions"], truth[: fold + 1], len(index.classes))
             known = {name: state[name] for name in ("curve", "epochs", "seconds")}
-            cost = {"images_per_s": epoch.images_per_s, "peak_memory": _peak_memory(device), "parts": epoch.parts}
+            cost = {"images_per_s": epoch.images_per_s, "peak_memory": peak_memory(device), "parts": epoch.parts}
             yield {**facts, **measured, **known, "best_epoch": epoch.best_number, **cost}, state
         state = {**state, "fit": None}
         del model, recipe, epoch  # before the next fold's photos or embeddings are there
@@ -145,10 +150,3 @@ def _measured(predictions: list[torch.Tensor], truth: list[torch.Tensor], classe
         "right": pack(torch.cat(predictions) == torch.cat(truth)),
         "photos": int(together.sum()),
     }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -137,6 +137,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
                 scheduler=_asha(config) if config.scheduler == "asha" and not config.folds else None,
                 search_alg=_optuna(config) if config.search == "optuna" else None,
                 num_samples=config.trials if config.search == "optuna" else 1,
+                reuse_actors=True,  # a new one takes seconds to load PyTorch and Ray
             ),
             run_config=tune.RunConfig(
                 name="tune",

@@ -19,6 +19,7 @@ from ray import cloudpickle, tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune.execution import class_cache
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as Tried
 
 from fruitray.cluster.trial import LONGEST
@@ -58,6 +59,23 @@ def _as_death(hear: Callable[..., None]) -> Callable[..., None]:
 
 for _name in ("_actor_start_failed", "_actor_task_failed"):
     setattr(RayActorManager, _name, _as_death(getattr(RayActorManager, _name)))
+
+
+def _once(fail: Callable[..., None]) -> Callable[..., None]:
+    """Tells Tune but once that the worker which a trial was to have from one before is dead: it would hear that of the
+    worker and of the trial, fail the trial for good, and wait for the worker."""
+
+    def told(controller: TuneController, trial: Tried, exception: Exception) -> None:
+        known = trial in controller._resetting_trials and trial.status == Tried.PENDING  # it is to begin again
+        if known and isinstance(exception, RayActorError):
+            controller._resetting_trials.discard(trial)
+        else:
+            fail(controller, trial, exception)
+
+    return told
+
+
+TuneController._trial_task_failure = _once(TuneController._trial_task_failure)
 
 
 def mend_state(out: Storage) -> bool:

@@ -113,6 +113,41 @@ def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str)
     assert epochs[-1] == 250
 
 
+_WHOSE_WORKER_DIES_AS_THE_NEXT_IS_TO_HAVE_IT = """
+import os, sys
+import ray
+from ray import tune
+from ray.train._internal.session import get_session
+import fruitray.cluster.watch
+
+def trial(space):
+    get_session().reset = lambda **_: os._exit(1)
+    tune.report({"accuracy": 1.0})
+
+ray.init()
+once = tune.TuneConfig(num_samples=3, max_concurrent_trials=1, reuse_actors=True)
+kept = tune.RunConfig(storage_path=sys.argv[1], failure_config=tune.FailureConfig(max_failures=1))
+found = tune.Tuner(trial, tune_config=once, run_config=kept).fit()
+print([result.metrics["accuracy"] for result in found], found.num_errors)
+"""
+
+
+def test_a_worker_that_dies_between_two_trials_costs_none(cluster: Cluster, tmp_path: Path) -> None:
+    code, printed = end_of(cluster.start_program(_WHOSE_WORKER_DIES_AS_THE_NEXT_IS_TO_HAVE_IT, str(tmp_path)))
+    assert code == 0, printed
+    assert "[1.0, 1.0, 1.0] 0" in printed
+
+
+def test_trials_share_workers_and_each_has_its_own_peak_of_memory(cluster: Cluster, place: str) -> None:
+    """The second network is the smaller one."""
+    space = ("--backbones", "mlp", "cnn", "--search", "grid", "--learning-rate", "1e-4", "--epochs", "1")
+    code, printed = cluster.run(*_tune(place, *space, "--image-size", "300", "--cpus-per-trial", "2"))
+    assert code == 0, printed
+    assert len({report["pid"] for reports in _reports(place) for report in reports}) == 1
+    large, small = (row["peak_memory"] for row in _rows(place))
+    assert small < large - 2**28, "the other one's 69 million weights, gradients and moments"
+
+
 def test_a_trial_that_ray_kills_for_want_of_memory_says_so(cluster: Cluster, place: str) -> None:
     command = _tune(place, "--backbones", "cnn", "--trials", "2", "--epochs", "1", *SMALL)
     code, printed = end_of(cluster.start_apart(*command, cpus=2, RAY_memory_usage_threshold="0.01"))
