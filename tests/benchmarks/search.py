@@ -75,7 +75,7 @@ def tune(images: str, out: str) -> None:
     """Print the seconds with and without Ray Tune."""
     ray.init(address="local", num_cpus=1, object_store_memory=500_000_000, include_dashboard=False, log_to_driver=False)
     index = _index(images, out)
-    config = _config(out, "cnn_bn", FitConfig(epochs=5, patience=5), image_size=64)
+    config = _config(out, "cnn_bn", FitConfig(epochs=8, patience=8), image_size=64)
     initial_model(open_storage(config.out), draw_trials(config)[0].model, index.classes, 0)
     trials = [_space(config, number) for number in range(TRIALS)]
     torch.set_num_threads(1)
