@@ -29,7 +29,7 @@ from fruitray.trials import pack
 
 CHECKPOINT = "checkpoint.pt"
 STOPS_WITHIN = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
-"""How long Tune waits for a trial that ASHA stops, before it fails the next one in its worker."""
+"""The seconds that Tune waits for a trial that ASHA stops, before it fails the next one in its worker."""
 LONGEST = 300
 """Characters of a reason that is not ours."""
 
