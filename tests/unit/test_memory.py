@@ -1,5 +1,8 @@
 """What a process says of its memory."""
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 
@@ -21,3 +24,9 @@ def test_a_peak_that_is_forgotten_does_not_count() -> None:
         del large
         forget_peak()
         assert peak_memory(device) < before + LARGE / 2
+
+
+def test_what_the_parent_has_held_does_not_count() -> None:
+    large = np.ones(4 * LARGE, np.uint8)
+    program = "import torch; from fruitray.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    assert 0 < int(subprocess.check_output([sys.executable, "-c", program])) < large.nbytes
