@@ -97,21 +97,15 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, mean, variance, weight, count = ctx.saved_tensors  # type: ignore[attr-defined]
         eps = ctx.eps  # type: ignore[attr-defined]
+        # The gradients as if mean and variance were given.
         scale = (variance + eps).rsqrt()
-        # The gradients of weight and bias, as if mean and variance were given.
-        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients[0], inputs, weight, mean, variance, mean, scale, False, eps, [False, True, True]
+        of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], inputs, weight, mean, variance, mean, scale, False, eps, [True, True, True]
         )
         sums = torch.cat([of_weight, of_bias]).double()
         dist.all_reduce(sums)
         slope, offset = (sums / count).float().split(len(mean))
-        # factor * gradient, less what each input moved through mean and variance, which is
-        # factor * (offset + slope * (input - mean) * scale).
-        factor = scale * weight.float()
-        per_input = factor * slope * scale
-        constant = per_input * mean - factor * offset
-        factor, per_input, constant = (
-            one.view(1, -1, *[1] * (inputs.ndim - 2)) for one in (factor, per_input, constant)
-        )
-        of_inputs = torch.addcmul(constant, inputs, per_input, value=-1).addcmul_(gradients[0], factor)
-        return of_inputs.to(inputs.dtype), None, None, of_weight, of_bias, None, None
+        # Less what each input moved through them: (slope * (input - mean) * scale + offset) * weight * scale.
+        factor = -scale * weight.float()
+        of_inputs += F.batch_norm(inputs, mean, variance, factor * slope, factor * offset, False, 0.0, eps)
+        return of_inputs, None, None, of_weight, of_bias, None, None
