@@ -65,8 +65,9 @@ def model_card(
         _table(_about(model, config, facts)),
         "## Training",
         _table(_photos(facts["index"])),
-        f"{facts['epochs']} epochs, of which number {facts['best_epoch']} was kept; `history.parquet` has a row for "
-        f"each. The photos are those of `{facts['index']['uri']}` (SHA-256 `{facts['index']['sha256']}`). With:",
+        f"It ended after epoch {facts['epochs']}; the weights are those of epoch {facts['best_epoch']}, and "
+        "`history.parquet` has a row for each. The photos are those of "
+        f"`{facts['index']['uri']}` (SHA-256 `{facts['index']['sha256']}`). With:",
         _table([{"option": name, "value": value} for name, value in facts["fit"].items()]),
         "## Evaluation",
         "\n".join(f"- {sentence}" for sentence in _sentences(evaluation)),

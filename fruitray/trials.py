@@ -137,7 +137,7 @@ def show_sweeps(rows: Sequence[dict[str, Any]], epochs: int) -> None:
     rows = sorted(rows, key=lambda row: row["trial"])
     for axis in dict.fromkeys(row["axis"] for row in rows if row["axis"]):
         swept = [row for row in rows if row["axis"] in ("", axis)]
-        show_table(f"{axis}, at most {epochs} epochs each", [_reported(row) for row in swept])
+        show_table(f"{axis}, up to epoch {epochs} each", [_reported(row) for row in swept])
 
 
 def _reported(row: dict[str, Any]) -> dict[str, Any]:

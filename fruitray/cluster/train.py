@@ -232,7 +232,7 @@ def _resume(out: Storage, rank: int) -> dict[str, Any] | None:
         return None
     state = load_checkpoint(out, name)
     if rank == 0:
-        say(f"train: going on from a checkpoint, after {state['number']} epochs and {state['step']} steps")
+        say(f"train: going on from a checkpoint, epochs done: {state['number']}, steps of the next: {state['step']}")
         reached(state["number"])
     return state
 

@@ -173,7 +173,7 @@ class Lines(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
-        said = f"ended with validation accuracy {result['accuracy']:.4f} after {result['epochs']} epochs"
+        said = f"ended after epoch {result['epochs']}, validation accuracy {result['accuracy']:.4f}"
         self._line(trials, trial, said, ended=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -41,8 +41,8 @@ def model(output: Output, index: Output | None) -> Section:
     low, high = metrics["accuracy_interval"]
     lead = (
         f"{described['model']['backbone']}: validation accuracy {metrics['accuracy']:.4f} (95% interval {low:.4f}-"
-        f"{high:.4f}) over {metrics['photos']:,} photos, macro F1 {metrics['macro_f1']:.4f}. Trained for "
-        f"{described['epochs']} epochs; the weights are those of number {described['best_epoch']}."
+        f"{high:.4f}) over {metrics['photos']:,} photos, macro F1 {metrics['macro_f1']:.4f}. Training "
+        f"ended after epoch {described['epochs']}; the weights are those of epoch {described['best_epoch']}."
     )
     return Section("model", "Model", lead, blocks)
 
@@ -52,7 +52,7 @@ def _learning(output: Output, best: int) -> list[Block]:
     epochs: Sequence[float] = history["epoch"]
     losses = {"training": (epochs, history["train_loss"]), "validation": (epochs, history["val_loss"])}
     marks = {"validation": best}
-    said = f"{len(epochs)} epochs; a mark at epoch {best}, whose weights were kept"
+    said = f"all epochs; a mark at epoch {best}, whose weights were kept"
     accuracy = {"validation": (epochs, history["accuracy"])}
     return [
         Chart("loss by epoch", charts.lines(losses, x="epoch", y="loss", says=f"Lines: loss over {said}", marks=marks)),

@@ -200,5 +200,5 @@ def test_the_reports_preset_ends_in_its_tables(cluster: Cluster, place: str) -> 
     code, printed = cluster.run(*_tune(place, *options, "--epochs", "1", "--augment", "none", "--image-size", "64"))
     assert code == 0, printed
     for table in ("dropout", "learning rate", "batch size", "network"):
-        assert f"{table}, at most 1 epochs each" in printed
+        assert f"{table}, up to epoch 1 each" in printed
     assert len(_rows(place)) == 1 + 1 + 3 + 2 + 2

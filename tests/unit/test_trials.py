@@ -72,5 +72,5 @@ def test_tables_show_trials_that_failed_too(capsys: pytest.CaptureFixture[str]) 
     assert "trial 2 failed: no weights" in printed
     assert "2 of 3" in printed
     assert "15 in 5 folds" in printed
-    assert "batch size, at most 3 epochs each" in printed
-    assert "network, at most 3 epochs each" in printed
+    assert "batch size, up to epoch 3 each" in printed
+    assert "network, up to epoch 3 each" in printed
