@@ -23,7 +23,7 @@ from fruitray.storage import Storage
 
 KEPT = 2
 """How many are kept: where the newest turns out to be damaged there is one before it."""
-SHARE = 0.1
+SHARE = 0.03
 """Of the time since the last one, what a checkpoint that nobody asked for may take."""
 _FOLDER = "checkpoints/"
 
@@ -90,7 +90,7 @@ class Pace:
     """How often to save: a large network, or one whose storage is slow, has fewer checkpoints."""
 
     def __init__(self) -> None:
-        self._last, self._cost_s = time.monotonic(), 1.0  # a guess, until one was saved
+        self._last, self._cost_s = time.monotonic(), 0.3  # a guess, until one was saved
 
     def since(self) -> float:
         """Seconds since the last one."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fruitray.checkpoints import KEPT, delete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from fruitray import checkpoints
+from fruitray.checkpoints import KEPT, Pace, delete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from fruitray.errors import TryAgainError
 from fruitray.storage import LocalStorage
 
@@ -143,3 +144,19 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(out: LocalStorage, tmp_p
     with pytest.raises(Exception, match=r"[Ww]eights"):
         load_checkpoint(out, name)
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_takes_long_to_save_is_saved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of steps of a second each: all that is saved takes a thirtieth of it, however long one takes."""
+    now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    for cost in (0.05, 2.0, 20.0):
+        now = 0.0
+        pace, saved = Pace(), 0
+        for _ in range(3600):
+            now += 1.0
+            if pace.cheap():
+                saved += 1
+                with pace.saving():
+                    now += cost
+        assert 0.015 < saved * cost / now < 0.035, cost
