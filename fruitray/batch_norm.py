@@ -68,11 +68,18 @@ def _moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     # What torch's own layer computes them by: on a CPU many times as fast as `torch.var_mean`.
     mean, variance = (one.double() for one in torch.ops.aten.batch_norm_update_stats(inputs.detach(), *unused, 0.0))
     count = torch.full_like(mean[:1], inputs.numel() / inputs.shape[1])
-    sums = torch.cat([count, count * mean, count * (variance + mean**2)])
-    dist.all_reduce(sums)
+    sums = _over_workers(torch.cat([count, count * mean, count * (variance + mean**2)]))
     count, first, second = sums[:1], *sums[1:].chunk(2)
     mean = first / count
     return count, mean, (second / count - mean**2).clamp(min=0)
+
+
+def _over_workers(sums: torch.Tensor) -> torch.Tensor:
+    """(N,) summed over all workers, which gather them: of so few numbers gloo's `all_reduce` takes several times as
+    long."""
+    each = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, sums)
+    return torch.stack(each).sum(0)
 
 
 class _Normalise(torch.autograd.Function):
@@ -102,8 +109,7 @@ class _Normalise(torch.autograd.Function):
         of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], inputs, weight, mean, variance, mean, scale, False, eps, [True, True, True]
         )
-        sums = torch.cat([of_weight, of_bias]).double()
-        dist.all_reduce(sums)
+        sums = _over_workers(torch.cat([of_weight, of_bias]).double())
         slope, offset = (sums / count).float().split(len(mean))
         # Less what each input moved through them: (slope * (input - mean) * scale + offset) * weight * scale.
         factor = -scale * weight.float()
