@@ -110,7 +110,7 @@ def wait_for(what: Callable[[], Any], job: subprocess.Popen[str] | None = None) 
     while not (found := what()):
         assert job is None or job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.1)
     return found
 
 

@@ -113,7 +113,7 @@ def fill_scorable(root: str) -> None:
 def save_untrained(uri: str) -> None:
     """A package of a network that nobody has trained, but whose answers differ from photo to photo, as those of a fresh
     one do not: its batch norms have seen photos, and its head is scaled to what comes out of them."""
-    config = ModelConfig(backbone="mobilenet_v2", weights="none", image_size=96)
+    config = ModelConfig(backbone="cnn_bn", image_size=96)
     model, _ = build(config, classes=3)
     drawn = [np.asarray(draw(LABELS[number % 3], number, (96, 96))) for number in range(30)]
     squares = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)

@@ -84,6 +84,7 @@ def test_a_killed_job_loses_only_the_blocks_in_progress(cluster: Cluster, place:
     assert sum(kept(beside).values()) == USED
 
 
+@pytest.mark.chaos
 def test_two_jobs_at_once_share_the_work(cluster: Cluster, place: str, weights: Path) -> None:
     """On two clusters, so that neither waits for the other's CPUs. Some blocks are in both jobs' hands at once."""
     command, beside = probe(place, weights), open_storage(f"{place}/index")

@@ -18,6 +18,7 @@ from tests.cluster import end_of, ray_head, ray_node, wait_for
 from tests.integration.conftest import SCORED, score_arguments
 from tests.trouble import trouble_before
 
+pytestmark = pytest.mark.chaos
 SOON = {"RAY_health_check_timeout_ms": "1000"}
 """A host that does not answer is given up after seconds, not minutes."""
 

@@ -14,6 +14,7 @@ from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
 from tests.cluster import Cluster, end_of, ray_head, ray_node, wait_for
 
+pytestmark = pytest.mark.chaos
 NETWORK = ("--image-size", "64", "--augment", "mirror", "--patience", "999")
 
 

@@ -148,7 +148,7 @@ def test_a_list_is_scored_into_folders_with_embeddings(cluster: Cluster, scorabl
     rows, parts = _rows(f"{scorable}/few"), verify(open_storage(f"{scorable}/few"))
     assert sorted(rows) == sorted(f"{raw.uri}/{key}" for key in said)
     assert rows[f"{raw.uri}/gone.jpg"]["error_code"] == "E_SRC_GONE"
-    assert {len(row["embedding"]) for row in rows.values() if row["status"] == "ok"} == {1280}
+    assert {len(row["embedding"]) for row in rows.values() if row["status"] == "ok"} == {512}
     assert {part.key.split("/")[1] for part in parts} == {"folder=tomato", "folder=plum"}
     [counted] = [part.confusion for part in parts if part.confusion]
     tomatoes = [key for key, label in said.items() if label == "tomato"]

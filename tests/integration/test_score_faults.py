@@ -123,13 +123,14 @@ def _moody(method: str, path: str, before: int) -> str:
     return "stall" if mood < 1 else "busy" if mood < 10 else "short" if mood < 20 and method == "GET" else ""
 
 
-def test_a_store_that_misbehaves_is_told_and_costs_only_time(s3: S3Server, cluster: Cluster, scorable: str) -> None:
+@pytest.mark.chaos
+def test_a_store_that_misbehaves_is_told_and_costs_only_time(s3: S3Server, scorable: str) -> None:
     told, runs, left = "", 0, []
-    with trouble_before(s3.environment["AWS_ENDPOINT_URL"], _moody) as (endpoint, made):
+    trouble = trouble_before(s3.environment["AWS_ENDPOINT_URL"], _moody)
+    with trouble as (endpoint, made), ray_head(s3.environment | {"AWS_ENDPOINT_URL": endpoint}) as troubled:
         while runs < 5 and not open_storage(f"{scorable}/troubled").exists(SUCCESS):
-            arguments, runs = score_arguments(scorable, "troubled"), runs + 1
-            job = cluster.start_apart("score", *arguments, cpus=2, AWS_ENDPOINT_URL=endpoint)
-            _, printed = end_of(job)
+            runs += 1
+            _, printed = troubled.run("score", *score_arguments(scorable, "troubled"))
             assert "Traceback" not in printed
             told += printed
             if "the same command scores what is left" in printed:
@@ -140,12 +141,9 @@ def test_a_store_that_misbehaves_is_told_and_costs_only_time(s3: S3Server, clust
     assert _hashes(f"{scorable}/troubled") == _hashes(f"{scorable}/calm")
 
 
-def test_killed_before_and_after_everything_asked_of_the_store(
-    s3: S3Server, cluster: Cluster, scorable: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.chaos
+def test_killed_before_and_after_everything_asked_of_the_store(s3: S3Server, cluster: Cluster, scorable: str) -> None:
     """Whoever asks, the first two times: a worker, and the job goes on, or the driver, and it is run again."""
-    if request.config.getoption("--rounds") == 1:
-        pytest.skip("takes minutes: `make chaos` runs it")
     some = [entry.key for entry in open_storage(f"{scorable}/raw").list()][:6]
     for key in some:
         open_storage(f"{scorable}/some").write(key, open_storage(f"{scorable}/raw").read(key))

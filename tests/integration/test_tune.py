@@ -96,6 +96,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: Cluster, place: str
     assert _checkpoints(place) == []
 
 
+@pytest.mark.chaos
 def test_a_killed_search_goes_on_within_its_trials(cluster: Cluster, place: str) -> None:
     options = ("--backbones", "cnn", "--trials", "1", "--epochs", "250", "--patience", "250", "--scheduler", "none")
     command = _tune(place, *options, "--image-size", "96", "--augment", "mirror+jitter")
