@@ -80,11 +80,13 @@ def tune(images: str, out: str) -> None:
     trials = [_space(config, number) for number in range(TRIALS)]
     torch.set_num_threads(1)
     _back_to_back(trials[:1])  # photos are decoded now
+    half = TRIALS // 2
+    alone = _back_to_back(trials[:half])  # half before and half after, as a machine's speed may change meanwhile
     start = time.perf_counter()
     run(config)
     tuned = time.perf_counter() - start
     ray.shutdown()
-    alone = _back_to_back(trials)
+    alone += _back_to_back(trials[half:])
     print(f"{TRIALS} trials of {alone / TRIALS:.1f} s each, one after the other: {alone:.0f} s; by Tune: {tuned:.0f} s")
     print(f"Tune takes {tuned / alone:.3f} x the time")
 
