@@ -1,10 +1,13 @@
-"""What the machine that a process runs on has for this package, told without importing torch."""
+"""What the machine that a process runs on has for this package, and the process has held of it, told without torch."""
 
 import os
 import platform
+import re
+import resource
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +24,14 @@ def versions() -> dict[str, str]:
 def has_compiler() -> bool:
     """Whether there is one that torch.compile can use."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+
+
+def process_peak() -> int:
+    """Bytes of memory that this process has held at most."""
+    with suppress(OSError):  # Linux alone has it; what `getrusage` says begins at what the parent has held
+        [peak] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cache_folder() -> Path:

@@ -3,8 +3,6 @@
 import ctypes
 import functools
 import gc
-import re
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from fruitray.errors import GpuFullError
+from fruitray.machine import process_peak
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _LARGEST = 2**30
@@ -50,10 +49,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux alone has it; what `getrusage` says begins at what the parent has held
-        [peak] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(peak) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_peak()
 
 
 Made = TypeVar("Made")

@@ -23,6 +23,7 @@ import pyarrow as pa
 from PIL import Image
 
 from fruitray.duplicates import find_duplicates
+from fruitray.machine import process_peak
 
 PROCESSES = 2
 REAL = Path(__file__).parents[3] / "shared" / "data" / "vuw-fruit"
@@ -92,9 +93,8 @@ def driver_memory(folder: str) -> float:
 
 
 def peak() -> float:
-    """MiB that this process has held at most. (`ru_maxrss` begins at what its parent has held.)"""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
+    """MiB that this process has held at most."""
+    return process_peak() / 2**20
 
 
 def draw(folder: Path, photos: int) -> str:
