@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,21 @@ def peak_memory(device: torch.device) -> int:
     return process_peak()
 
 
+_NO_ROOM = re.compile(r"_STATUS_ALLOC_FAILED|CUDA error: out of memory")
+
+
+@contextmanager
+def as_out_of_memory() -> Iterator[None]:
+    """Raise `torch.OutOfMemoryError` also where CUDA or a library of its (cuBLAS, cuDNN, ...) finds a GPU's memory too
+    small: PyTorch raises it for its own allocator alone, which may have left the others nothing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _NO_ROOM.search(str(error)):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 Made = TypeVar("Made")
 
 
@@ -64,7 +80,8 @@ def in_halves(
         torch.OutOfMemoryError: it is too small for a single example.
     """
     try:
-        return compute(inputs)
+        with as_out_of_memory():
+            return compute(inputs)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
@@ -76,6 +93,7 @@ def in_halves(
 def full_gpu_told() -> Iterator[None]:
     """Raise `GpuFullError`, one sentence, where what is done meanwhile finds a GPU's memory too small."""
     try:
-        yield
+        with as_out_of_memory():
+            yield
     except torch.OutOfMemoryError as error:
         raise GpuFullError("see with nvidia-smi whether another program holds it") from error

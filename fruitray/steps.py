@@ -16,7 +16,7 @@ from fruitray.batches import Batch, Batches, epoch_seed
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, UsageError, one_line
 from fruitray.machine import has_compiler
-from fruitray.memory import keep_freed_memory
+from fruitray.memory import as_out_of_memory, keep_freed_memory
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -122,7 +122,8 @@ class Run:
         while True:
             try:
                 self._optimizer.zero_grad(set_to_none=True)
-                return self._backward_in_parts(inputs, labels, batch.together)
+                with as_out_of_memory():
+                    return self._backward_in_parts(inputs, labels, batch.together)
             except torch.OutOfMemoryError:
                 if self._train.world > 1 or self.parts >= len(inputs):
                     raise

@@ -197,16 +197,19 @@ def test_pauses_change_nothing() -> None:
     assert found == [measured(epoch) for epoch in training(straight, train=clouds(1, shuffle=True, batch_size=8))]
 
 
+TOO_MANY = torch.OutOfMemoryError("too many")
+
+
 class Narrow(nn.Module):
     """A network that has memory for so many examples at once."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, full: RuntimeError = TOO_MANY) -> None:
         super().__init__()
-        self.inner, self.most = nn.Sequential(network()[0], nn.Tanh(), network()[4]), most
+        self.inner, self.most, self.full = nn.Sequential(network()[0], nn.Tanh(), network()[4]), most, full
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.training and len(inputs) > self.most:
-            raise torch.OutOfMemoryError("too many")
+            raise self.full
         logits: torch.Tensor = self.inner(inputs)
         return logits
 
@@ -222,6 +225,23 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_keeps_the_batch() -> 
         torch.testing.assert_close(narrow.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    ],
+)
+def test_what_cuda_and_its_libraries_call_no_memory_is_out_of_memory(told: str) -> None:
+    assert {epoch.parts for epoch in training(Narrow(5, RuntimeError(told)))} == {4}
+
+
+def test_other_errors_of_cuda_do_not_make_smaller_parts() -> None:
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        list(training(Narrow(5, RuntimeError("CUDA error: device-side assert triggered"))))
+
+
 def test_a_resumed_run_remembers_how_much_memory_there_is() -> None:
     state = next(training(Narrow(5))).state
     assert next(training(Narrow(16), resume=state)).parts == 4
@@ -232,7 +252,7 @@ class Crowded(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if len(inputs) > 3:
-            raise torch.OutOfMemoryError("too many")
+            raise TOO_MANY
         return inputs @ torch.eye(2, 3)
 
 
