@@ -4,6 +4,7 @@ A `Classifier` takes raw uint8 squares and normalises them itself, so nobody out
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from torch import nn
 from torchinfo import summary
 
 from fruitray.config import ModelConfig
+from fruitray.convolution import QuickGradients
 from fruitray.networks import plan
 from fruitray.preprocess import Preprocessing
 from fruitray.weights import Weights
@@ -57,7 +59,7 @@ class Classifier(nn.Module):
         inputs = (photos.float() - self.mean) / self.std
         if self.layout is torch.contiguous_format:
             inputs = inputs.contiguous()
-        with contextlib.nullcontext() if self.full_precision else autocast(photos.device):
+        with contextlib.nullcontext() if self.full_precision else narrow(photos.device):
             embedding: torch.Tensor = self.trunk(inputs)
         return embedding.float()
 
@@ -189,3 +191,11 @@ def fast_in_bfloat16(device: torch.device) -> bool:
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 for what may lose precision, on devices that are fast at it; elsewhere nothing."""
     return torch.autocast(device.type, torch.bfloat16) if fast_in_bfloat16(device) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def narrow(device: torch.device) -> Iterator[None]:
+    """`autocast`, on a CPU without the gradients that it is slow at in bfloat16."""
+    slow = device.type == "cpu" and fast_in_bfloat16(device) and not torch.compiler.is_compiling()
+    with autocast(device), QuickGradients() if slow else contextlib.nullcontext():
+        yield
