@@ -4,7 +4,6 @@ A `Classifier` takes raw uint8 squares and normalises them itself, so nobody out
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -59,8 +58,11 @@ class Classifier(nn.Module):
         inputs = (photos.float() - self.mean) / self.std
         if self.layout is torch.contiguous_format:
             inputs = inputs.contiguous()
-        with contextlib.nullcontext() if self.full_precision else narrow(photos.device):
+        if self.full_precision:
             embedding: torch.Tensor = self.trunk(inputs)
+        else:
+            with autocast(photos.device), quick_gradients(photos.device):
+                embedding = self.trunk(inputs)
         return embedding.float()
 
     def forward(self, photos: torch.Tensor) -> torch.Tensor:
@@ -180,6 +182,7 @@ def pick_device(*, gpu: bool) -> torch.device:
     return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fast_in_bfloat16(device: torch.device) -> bool:
     """Whether `device` has instructions for bfloat16."""
     if device.type == "cuda":
@@ -193,9 +196,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if fast_in_bfloat16(device) else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def narrow(device: torch.device) -> Iterator[None]:
-    """`autocast`, on a CPU without the gradients that it is slow at in bfloat16."""
-    slow = device.type == "cpu" and fast_in_bfloat16(device) and not torch.compiler.is_compiling()
-    with autocast(device), QuickGradients() if slow else contextlib.nullcontext():
-        yield
+def quick_gradients(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU with bfloat16, the gradients that it is slow at there in float32; elsewhere nothing."""
+    slow = device.type == "cpu" and fast_in_bfloat16(device)
+    return QuickGradients() if slow else contextlib.nullcontext()

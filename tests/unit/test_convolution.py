@@ -67,16 +67,30 @@ def test_only_what_learns_has_a_gradient(learns: str) -> None:
     assert (inputs.grad is not None, weight.grad is not None) == (learns == "trunk", learns != "nothing")
 
 
+def learned_by(backbone: str, photos: torch.Tensor, *, full_precision: bool, compiled: bool = False) -> torch.Tensor:
+    """All gradients of a fresh network, one after the other."""
+    model, _ = build(ModelConfig(backbone=backbone, weights="none", image_size=64), classes=3)
+    model.full_precision = full_precision
+    network: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    model.eval()
+    network(photos).square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
 @pytest.mark.parametrize("backbone", ["timm/test_efficientnet", "timm/test_convnext", "mobilenet_v3_small"])
 def test_a_network_in_bfloat16_learns_what_one_in_float32_does(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
     monkeypatch.setattr("fruitray.backbones.fast_in_bfloat16", lambda device: True)
     photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = []
-    for full_precision in (False, True):
-        model, _ = build(ModelConfig(backbone=backbone, weights="none", image_size=64), classes=3)
-        model.full_precision = full_precision
-        model.eval()(photos).square().sum().backward()
-        found.append(
-            torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
-        )
+    found = [learned_by(backbone, photos, full_precision=full_precision) for full_precision in (False, True)]
+    assert F.cosine_similarity(*found, dim=0) > 0.99
+
+
+def test_a_network_compiles_to_one_graph() -> None:
+    """In whatever type this machine is quick at."""
+    photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = [
+        learned_by("timm/test_efficientnet", photos, full_precision=False, compiled=compiled)
+        for compiled in (True, False)
+    ]
     assert F.cosine_similarity(*found, dim=0) > 0.99
