@@ -39,7 +39,7 @@ class _Global(TorchFunctionMode):
 
 
 def batch_norm(
-    inputs: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002  it may be called by its name
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None,
@@ -51,14 +51,14 @@ def batch_norm(
     """As `torch.nn.functional.batch_norm`: (B, C, ...) of this worker, normalised, in training, by the mean and the
     variance of all workers' (Ioffe and Szegedy, "Batch normalization", 2015), each example weighing alike."""
     if not training:
-        return F.batch_norm(inputs, running_mean, running_var, weight, bias, False, momentum, eps)
-    count, mean, variance = _moments(inputs)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    count, mean, variance = _moments(input)
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((variance * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
     mean, variance = mean.float(), variance.float()
     weight, bias = torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias
-    normalised: torch.Tensor = _Normalise.apply(inputs, mean, variance, weight, bias, eps, count)
+    normalised: torch.Tensor = _Normalise.apply(input, mean, variance, weight, bias, eps, count)
     return normalised
 
 

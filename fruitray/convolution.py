@@ -25,7 +25,7 @@ class QuickGradients(TorchFunctionMode):
 
 
 def conv2d(
-    inputs: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002  it may be called by its name
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -37,10 +37,10 @@ def conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     widens = len(weight) > groups
     wide = widens or max(stride) > 1, widens or max(weight.shape[2:]) > 3
-    learns = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
+    learns = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     if not (groups > 1 and weight.shape[1] == 1 and any(wide) and learns) or isinstance(padding, str):
-        return torch.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
-    result: torch.Tensor = _Conv2d.apply(wide, inputs, weight, bias, stride, _pair(padding), dilation, groups)
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    result: torch.Tensor = _Conv2d.apply(wide, input, weight, bias, stride, _pair(padding), dilation, groups)
     return result
 
 

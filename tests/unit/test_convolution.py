@@ -60,7 +60,7 @@ def test_only_what_learns_has_a_gradient(learns: str) -> None:
     inputs.requires_grad_(learns == "trunk")
     weight.requires_grad_(learns != "nothing")
     with QuickGradients():
-        result = F.conv2d(inputs, weight, groups=4)
+        result = F.conv2d(input=inputs, weight=weight, groups=4)
     assert result.requires_grad == (learns != "nothing")
     if result.requires_grad:
         result.sum().backward()
