@@ -4,7 +4,6 @@ torch's `SyncBatchNorm` does so on GPUs alone and takes the place of each layer;
 that all batch norm layers call, those of timm too, on any device.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
+
+from fruitray.stand_in import StandIn
 
 
 class Synchronised(DistributedDataParallel):
@@ -23,19 +23,8 @@ class Synchronised(DistributedDataParallel):
 
     def forward(self, *inputs: Any) -> Any:
         """The module's, with one batch of all workers' examples for its batch norms."""
-        with _Global():
+        with StandIn(F.batch_norm, batch_norm):
             return super().forward(*inputs)  # type: ignore[no-untyped-call]
-
-
-class _Global(TorchFunctionMode):
-    """While it lasts, `F.batch_norm` in training is over all workers' examples."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def batch_norm(

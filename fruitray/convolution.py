@@ -5,23 +5,11 @@ oneDNN has none for the gradient of what such a convolution strides over, nor fo
 takes many times as long as in float32 (tests/benchmarks/RESULTS.md).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.overrides import TorchFunctionMode
-
-
-class QuickGradients(TorchFunctionMode):
-    """While it lasts, depthwise convolutions in bfloat16 go back in the quicker type."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.conv2d:
-            return conv2d(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def conv2d(
@@ -33,12 +21,11 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """As `torch.nn.functional.conv2d`: (B, C, H, W) -> (B, D, H', W')."""
+    """As `torch.nn.functional.conv2d`, going back in the quicker type: (B, C, H, W) -> (B, D, H', W')."""
     stride, dilation = _pair(stride), _pair(dilation)
     widens = len(weight) > groups
     wide = widens or max(stride) > 1, widens or max(weight.shape[2:]) > 3
-    learns = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    if not (groups > 1 and weight.shape[1] == 1 and any(wide) and learns) or isinstance(padding, str):
+    if not (groups > 1 and weight.shape[1] == 1 and any(wide)) or isinstance(padding, str):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     result: torch.Tensor = _Conv2d.apply(wide, input, weight, bias, stride, _pair(padding), dilation, groups)
     return result
@@ -72,9 +59,20 @@ class _Conv2d(torch.autograd.Function):
 
         def gradients(wide: bool, *wanted: bool) -> tuple[torch.Tensor | None, ...]:
             kind = torch.float32 if wide else gradient.dtype
-            tensors = [tensor.to(kind) for tensor in (gradient, inputs, weight)]
+            # The gradient of the inputs follows from their shape, not from their values.
+            read = inputs.to(kind) if any(wanted[1:]) else torch.empty_like(inputs, dtype=kind)
             found: tuple[torch.Tensor | None, ...] = torch.ops.aten.convolution_backward(
-                *tensors, [len(weight)], stride, padding, dilation, False, [0, 0], groups, wanted
+                gradient.to(kind),
+                read,
+                weight.to(kind),
+                [len(weight)],
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                wanted,
             )
             return found
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from fruitray.backbones import build
 from fruitray.config import ModelConfig
-from fruitray.convolution import QuickGradients
+from fruitray.convolution import conv2d
+from fruitray.stand_in import StandIn
 
 CASES: dict[str, dict[str, Any]] = {
     "strided": {"kernel": 3, "stride": 2, "padding": 1},
@@ -32,7 +33,7 @@ def learned(
     tensors = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         if quick:
-            with QuickGradients():
+            with StandIn(torch.conv2d, conv2d):
                 result = F.conv2d(*tensors, groups=groups, **shape)
         else:
             result = F.conv2d(*tensors, groups=groups, **shape)
@@ -59,7 +60,7 @@ def test_only_what_learns_has_a_gradient(learns: str) -> None:
     inputs, weight = torch.randn(2, 4, 9, 9), torch.randn(4, 1, 5, 5)
     inputs.requires_grad_(learns == "trunk")
     weight.requires_grad_(learns != "nothing")
-    with QuickGradients():
+    with StandIn(torch.conv2d, conv2d):
         result = F.conv2d(input=inputs, weight=weight, groups=4)
     assert result.requires_grad == (learns != "nothing")
     if result.requires_grad:
@@ -67,10 +68,11 @@ def test_only_what_learns_has_a_gradient(learns: str) -> None:
     assert (inputs.grad is not None, weight.grad is not None) == (learns == "trunk", learns != "nothing")
 
 
-def learned_by(backbone: str, photos: torch.Tensor, *, full_precision: bool, compiled: bool = False) -> torch.Tensor:
+def learned_by(backbone: str, *, full_precision: bool, compiled: bool = False) -> torch.Tensor:
     """All gradients of a fresh network, one after the other."""
     model, _ = build(ModelConfig(backbone=backbone, weights="none", image_size=64), classes=3)
     model.full_precision = full_precision
+    photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     model.eval()
     network(photos).square().sum().backward()
@@ -81,16 +83,13 @@ def learned_by(backbone: str, photos: torch.Tensor, *, full_precision: bool, com
 @pytest.mark.parametrize("backbone", ["timm/test_efficientnet", "timm/test_convnext", "mobilenet_v3_small"])
 def test_a_network_in_bfloat16_learns_what_one_in_float32_does(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
     monkeypatch.setattr("fruitray.backbones.fast_in_bfloat16", lambda device: True)
-    photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = [learned_by(backbone, photos, full_precision=full_precision) for full_precision in (False, True)]
+    found = [learned_by(backbone, full_precision=full_precision) for full_precision in (False, True)]
     assert F.cosine_similarity(*found, dim=0) > 0.99
 
 
 def test_a_network_compiles_to_one_graph() -> None:
     """In whatever type this machine is quick at."""
-    photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = [
-        learned_by("timm/test_efficientnet", photos, full_precision=False, compiled=compiled)
-        for compiled in (True, False)
+        learned_by("timm/test_efficientnet", full_precision=False, compiled=compiled) for compiled in (True, False)
     ]
     assert F.cosine_similarity(*found, dim=0) > 0.99
