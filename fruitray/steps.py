@@ -202,6 +202,17 @@ class Run:
             self._average.load_state_dict(state["average"])
 
 
+def use_threads(count: int) -> None:
+    """Have the calling thread compute with `count` of them, all of which take a number below the least normal float
+    for zero; to be called before it computes anything, as they inherit that from it when they start.
+
+    A CPU takes many times as long over such numbers, and Adam comes to hold millions: the averages of a weight
+    whose gradient has become zero, as that of a unit that no photo excites any more, dwindle until they are there.
+    """
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(count)
+
+
 def prepare(device: torch.device, config: FitConfig) -> None:
     """Set this process up for training on `device`.
 

@@ -40,6 +40,7 @@ from fruitray.index import index_place, read_index
 from fruitray.package import DESCRIPTION, load_package
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.sheet import write_sheet
+from fruitray.steps import use_threads
 from fruitray.storage import Storage, open_storage
 from fruitray.tracking import Tracking, tracking
 
@@ -163,7 +164,7 @@ def _share(config: TrainConfig, before: float = 1) -> dict[str, float]:
 
 def _work(job: dict[str, Any]) -> None:
     """One worker: its share of every batch; rank 0 keeps checkpoints and writes the package."""
-    torch.set_num_threads(int(job["cpus"]))  # Ray's number is another in a process that had a task before
+    use_threads(int(job["cpus"]))  # Ray's number is another in a process that had a task before
     config, context = job["config"], ray.train.get_context()
     rank, device, out = context.get_world_rank(), ray.train.torch.get_device(), open_storage(job["out"])
     tell(_teller(job["lines"]))

@@ -24,6 +24,7 @@ from fruitray.metrics import accuracy, confusion, summary
 from fruitray.package import Package
 from fruitray.recipe import make_recipe
 from fruitray.split import cross_validation
+from fruitray.steps import use_threads
 from fruitray.storage import open_storage
 from fruitray.trials import pack
 
@@ -39,7 +40,7 @@ def run_trial(space: dict[str, Any]) -> None:
     that may pass."""
     os.environ[STOPS_WITHIN] = "600"
     forget_peak()
-    torch.set_num_threads(max(1, int(space["cpus"])))
+    use_threads(max(1, int(space["cpus"])))
     last: dict[str, Any] = {"accuracy": 0.0, "epochs": 0}
     pace = Pace()
     try:

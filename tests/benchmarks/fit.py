@@ -31,6 +31,7 @@ from fruitray.backbones import Classifier, autocast, build
 from fruitray.batches import Batches, decoded_photos
 from fruitray.config import FitConfig, ModelConfig
 from fruitray.fit import fit
+from fruitray.steps import use_threads
 from fruitray.storage import open_storage
 from tests.benchmarks.audit import REAL, draw
 
@@ -56,7 +57,8 @@ def photos_and_labels(folder: str, model: Classifier, count: int) -> tuple[torch
 
 
 def fruitray(folder: str, backbone: str, *, compiled: bool = False) -> float:
-    """Images per second of `fit()`."""
+    """Images per second of `fit()`, with threads as `train` and `tune` start it."""
+    use_threads(THREADS)
     model = _model(backbone)
     photos, labels = photos_and_labels(folder, model, PHOTOS[backbone])
     rows = torch.arange(len(labels))

@@ -18,6 +18,7 @@ from fruitray.errors import DivergedError, UsageError
 from fruitray.fit import Epoch, Pause, evaluate, fit, fit_with_pauses
 from fruitray.metrics import confusion
 from fruitray.preprocess import Preprocessing
+from fruitray.steps import use_threads
 from tests.unit.runs import through_a_file
 
 CPU = torch.device("cpu")
@@ -563,3 +564,18 @@ def test_label_smoothing_raises_the_floor_of_the_loss() -> None:
     [*_, sharp] = training(network())
     [*_, smooth] = training(network(), replace(PLAIN, label_smoothing=0.3))
     assert smooth.train_loss > sharp.train_loss + 0.2
+
+
+def test_numbers_below_the_least_normal_one_are_zero_in_every_thread() -> None:
+    products = []
+
+    def compute() -> None:
+        use_threads(2)
+        products.append(torch.full((1_000_000,), 1e-30) * torch.full((1_000_000,), 1e-10))
+
+    thread = threading.Thread(target=compute)  # which alone is changed
+    thread.start()
+    thread.join()
+
+    assert not products[0].any()
+    assert torch.tensor(1e-30) * 1e-10 > 0
