@@ -183,7 +183,6 @@ def pick_device(*, gpu: bool) -> torch.device:
     return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fast_in_bfloat16(device: torch.device) -> bool:
     """Whether `device` has instructions for bfloat16."""
     if device.type == "cuda":
@@ -201,3 +200,10 @@ def quick_gradients(device: torch.device) -> contextlib.AbstractContextManager[A
     """On a CPU with bfloat16, the gradients that it is slow at there in float32; elsewhere nothing."""
     slow = device.type == "cpu" and fast_in_bfloat16(device) and torch.is_grad_enabled()
     return StandIn(torch.conv2d, conv2d) if slow else contextlib.nullcontext()
+
+
+def compiled(module: nn.Module, **options: Any) -> Any:
+    """`torch.compile` of it, to one graph: what the device is fast at is a constant there."""
+    constant: Any = torch.compiler.assume_constant_result
+    constant(fast_in_bfloat16)  # not as a decorator, which would load the compiler into every process
+    return torch.compile(module, **options)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fruitray.backbones import Classifier, freeze, parameter_groups, unfreeze
+from fruitray.backbones import Classifier, compiled, freeze, parameter_groups, unfreeze
 from fruitray.batches import Batch, Batches, epoch_seed
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, UsageError, one_line
@@ -102,7 +102,7 @@ class Run:
             self._stage = stage
             if len(self._stages) > 1 and isinstance(self._module, Classifier):
                 (freeze if stage == 0 else unfreeze)(self._module)
-            module: Any = torch.compile(self._module) if self._config.compile else self._module
+            module: Any = compiled(self._module) if self._config.compile else self._module
             self._wrapped = self._wrap(module)
         return ([0, *self._stages])[stage], self._stages[stage]
 

@@ -17,7 +17,7 @@ from fruitray import config, console
 from fruitray.cli import JOBS, SHELLS, main, parse, run_job
 from fruitray.config import RECIPES, ModelConfig, to_json
 
-HEAVY = {"boto3", "pyarrow", "ray", "torch", "torchvision", "torchvision.models"}
+HEAVY = {"boto3", "pyarrow", "ray", "torch", "torch._dynamo", "torchvision", "torchvision.models"}
 
 
 def _imported_by(code: str) -> set[str]:
@@ -36,6 +36,11 @@ def test_help_answers_without_loading_anything_heavy(job: str) -> None:
     tried = f"try: run_job({job!r}, ['--help'])\nexcept SystemExit as end: assert not end.code"
     code = f"from fruitray.cli import run_job\n{tried}"
     assert _imported_by(code) == set()
+
+
+def test_jobs_load_neither_the_compiler_nor_torchvision_before_they_use_them() -> None:
+    code = "import fruitray.cluster.score, fruitray.cluster.train, fruitray.cluster.tune"
+    assert not {"torch._dynamo", "torchvision"} & _imported_by(code)
 
 
 def test_who_reads_only_the_start_of_help_sees_no_traceback() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fruitray.backbones import build
+from fruitray.backbones import build, compiled
 from fruitray.config import ModelConfig
 from fruitray.convolution import conv2d
 from fruitray.stand_in import StandIn
@@ -68,12 +68,12 @@ def test_only_what_learns_has_a_gradient(learns: str) -> None:
     assert (inputs.grad is not None, weight.grad is not None) == (learns == "trunk", learns != "nothing")
 
 
-def learned_by(backbone: str, *, full_precision: bool, compiled: bool = False) -> torch.Tensor:
+def learned_by(backbone: str, *, full_precision: bool, in_one_graph: bool = False) -> torch.Tensor:
     """All gradients of a fresh network, one after the other."""
     model, _ = build(ModelConfig(backbone=backbone, weights="none", image_size=64), classes=3)
     model.full_precision = full_precision
     photos = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    network: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    network: Any = compiled(model, backend="aot_eager", fullgraph=True) if in_one_graph else model
     model.eval()
     network(photos).square().sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -90,6 +90,7 @@ def test_a_network_in_bfloat16_learns_what_one_in_float32_does(monkeypatch: pyte
 def test_a_network_compiles_to_one_graph() -> None:
     """In whatever type this machine is quick at."""
     found = [
-        learned_by("timm/test_efficientnet", full_precision=False, compiled=compiled) for compiled in (True, False)
+        learned_by("timm/test_efficientnet", full_precision=False, in_one_graph=in_one_graph)
+        for in_one_graph in (True, False)
     ]
     assert F.cosine_similarity(*found, dim=0) > 0.99
