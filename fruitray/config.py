@@ -539,21 +539,32 @@ PLACES = ("config", "images", "index", "out", "package", "places", "previous", "
 
 
 def resolved(config: Any) -> Any:
-    """`config` with its places written in one way: local paths absolute, as workers run in folders of their own."""
+    """`config` with its places written in one way: local paths absolute, as workers run in folders of their own.
+
+    Raises:
+        UsageError: one is empty, as where a variable of the shell is, or no text.
+    """
     changes = {}
     for name in (field.name for field in dataclasses.fields(config)):
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             changes[name] = resolved(value)
         elif name in PLACES and isinstance(value, tuple):
-            changes[name] = tuple(map(_in_one_way, value))
+            changes[name] = tuple(_in_one_way(name, place) for place in value)
         elif name in PLACES and value is not None and not (name == "weights" and value in ("imagenet", "none")):
-            changes[name] = _in_one_way(value)
+            changes[name] = _in_one_way(name, value)
     return dataclasses.replace(config, **changes)
 
 
-def _in_one_way(place: str) -> str:
-    return place.rstrip("/") if "://" in place else os.path.abspath(os.path.expanduser(place))
+def _in_one_way(name: str, place: str) -> str:
+    shown = os.fsencode(place).decode(errors="backslashreplace")
+    require(shown == place, name, shown, "its name is not UTF-8: rename it")
+    scheme, separator, rest = place.partition("://")
+    if separator and scheme != "file":
+        return f"{scheme}://{rest.rstrip('/')}"
+    path = rest if separator else place
+    require(path != "", name, repr(place), "must name a place")
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def to_json(config: Any) -> bytes:

@@ -170,7 +170,7 @@ def read_index(uri: str, sha256: str = "") -> Index:
     if sha256 not in ("", found):
         raise OutputConflictError(storage.uri_of(key), "was prepared anew while this job was at work")
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         made: Mapping[str, Any] = json.loads(table.schema.metadata[b"fruitray"])
         images, version = made["images"], made["version"]
         if version == VERSION:  # another version's columns are others

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fruitray.errors import CredentialsError, EndpointError, StorageError, UsageError
+from fruitray.errors import AccessDeniedError, CredentialsError, EndpointError, StorageError, UsageError
 from fruitray.images import is_hidden
 from fruitray.index import FILE, label_of
 from fruitray.storage import Entry, LocalStorage, Storage, open_file, open_storage
@@ -113,9 +114,10 @@ def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
 
 def _of_list(storage: Storage, key: str) -> pa.Table:
     table = _read(storage.uri_of(key), storage.read(key))
-    names = table["uri"].to_pylist()
-    places = [_place(name if "://" in name or os.path.isabs(name) else storage.uri_of(name)) for name in names]
-    storages = {root: open_storage(root) for root in {root for root, _ in places}}
+    chunks = [table.slice(start, _CHUNK) for start in range(0, table.num_rows, _CHUNK)]
+    shared = _shared_folder({root for chunk in chunks for root, _ in _places(storage, chunk)})
+    storages: dict[str, Storage] = {}
+    lacking: set[str] = set()
 
     def look(place: tuple[str, str], size: int | None, etag: str | None) -> Entry:
         root, key = place
@@ -127,19 +129,29 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
         except (CredentialsError, EndpointError):
             raise
         except StorageError:
+            lacking.add(root)
             return Entry(key, size or 0, etag)  # its row will say
         return Entry(key, found.size, etag or found.etag, found.kind)
 
+    tables = [INPUTS.empty_table()]
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(look, places, table["bytes"].to_pylist(), table["etag"].to_pylist())
-        return _table(zip([root for root, _ in places], found, table["label"].to_pylist(), strict=True))
+        for chunk in chunks:
+            places = [_below(shared, *place) for place in _places(storage, chunk)]
+            storages |= {root: open_storage(root) for root in {root for root, _ in places} - storages.keys()}
+            found = pool.map(look, places, chunk["bytes"].to_pylist(), chunk["etag"].to_pylist())
+            roots = [root for root, _ in places]
+            tables.append(_table(zip(roots, found, chunk["label"].to_pylist(), strict=True)))
+    for bucket in (storages[root] for root in lacking if not isinstance(storages[root], LocalStorage)):
+        with suppress(AccessDeniedError):  # some may be read but not listed
+            bucket.check()
+    return pa.concat_tables(tables)
 
 
 def _read(uri: str, data: bytes) -> pa.Table:
     """The columns that are known; all but `uri` may be missing, and are null then."""
     try:
         file = io.BytesIO(data)
-        table = pq.read_table(file) if uri.endswith(".parquet") else _read_csv(file)
+        table = pq.read_table(file, page_checksum_verification=True) if uri.endswith(".parquet") else _read_csv(file)
         if table.column_names.count("uri") != 1:
             raise UsageError(f"--images {uri}: a list needs one column `uri`; it has {', '.join(table.column_names)}")
         for name in _COLUMNS.names:
@@ -161,6 +173,24 @@ def _read_csv(file: io.BytesIO) -> pa.Table:
 _COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
 _AS_IS = pyarrow.csv.ConvertOptions(column_types=_COLUMNS, strings_can_be_null=True, null_values=[""])
 """Else 001 would be read as 1."""
+
+
+def _places(storage: Storage, chunk: pa.Table) -> list[tuple[str, str]]:
+    names = chunk["uri"].to_pylist()
+    return [_place(name if "://" in name or os.path.isabs(name) else storage.uri_of(name)) for name in names]
+
+
+def _shared_folder(roots: Iterable[str]) -> str:
+    """The deepest folder that all local ones of `roots` lie in, which tells who cannot see any of their files from who
+    misses one; `/`: there is none."""
+    local = [root for root in roots if "://" not in root]
+    return os.path.commonpath(local) if local else "/"
+
+
+def _below(shared: str, root: str, key: str) -> tuple[str, str]:
+    if "://" in root or shared == "/":
+        return root, key
+    return shared, f"{root}/{key}"[len(shared) + 1 :]
 
 
 def _place(uri: str) -> tuple[str, str]:

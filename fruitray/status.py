@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from fruitray import console
-from fruitray.errors import FruitrayError
+from fruitray.errors import FruitrayError, TryAgainError
 from fruitray.machine import versions
 from fruitray.storage import Storage
 
@@ -39,10 +39,15 @@ class Status:
         self._beats = threading.Thread(target=self._beat, daemon=True)
 
     def begin(self, out: Storage) -> None:
-        """From now on keep it below `out`, which must be this job's."""
-        self.out = out
+        """From now on keep it below `out`, which must be this job's.
+
+        Raises:
+            StorageError: nothing can be written there, which will not pass.
+        """
         self.facts["versions"] = versions() | {"ray": metadata.version("ray")}
-        self._write(state="running")
+        with suppress(TryAgainError):
+            out.write(KEY, self._said(state="running"))
+        self.out = out
         self._beats.start()
 
     def end(self, exit_code: int, said: str) -> None:
@@ -59,10 +64,12 @@ class Status:
             self._write(state="running")
 
     def _write(self, **more: Any) -> None:
-        facts = {**self.facts, **more, "progress": console.shown(), "updated": _now()}
         if self.out is not None:
-            with suppress(FruitrayError):  # a job does not fail for want of this
-                self.out.write(KEY, json.dumps(facts, indent=2).encode())
+            with suppress(FruitrayError):  # a job that has begun does not fail for want of this
+                self.out.write(KEY, self._said(**more))
+
+    def _said(self, **more: Any) -> bytes:
+        return json.dumps({**self.facts, **more, "progress": console.shown(), "updated": _now()}, indent=2).encode()
 
 
 _CURRENT: ContextVar[Status | None] = ContextVar("status", default=None)
@@ -100,7 +107,8 @@ def note(**run: Any) -> None:
 def mend(out: Storage) -> None:
     """As `begin`, where the job below `out` is done, but was killed before it could say so."""
     if not out.exists(KEY) or json.loads(out.read(KEY))["state"] not in ("succeeded", "failed"):
-        begin(out)
+        with suppress(FruitrayError):  # it is done, whoever may write there
+            begin(out)
 
 
 def _now() -> str:

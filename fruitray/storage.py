@@ -277,6 +277,8 @@ def _errors(path: str) -> Iterator[None]:
         raise NotFoundError(path, "a file is there, where a folder is needed") from error
     except IsADirectoryError as error:
         raise NotFoundError(path, "a folder is there, where a file is needed") from error
+    except ValueError as error:
+        raise StorageError(path, "no file can have this name") from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

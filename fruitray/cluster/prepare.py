@@ -30,7 +30,7 @@ from fruitray.cluster.runtime import (
 )
 from fruitray.config import PrepareConfig
 from fruitray.console import SHOWN, progress, say, show_table
-from fruitray.errors import NoInputError, UsageError
+from fruitray.errors import NoInputError, TryAgainError, UsageError
 from fruitray.images import is_hidden, list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
 from fruitray.isolate import Isolated
@@ -71,17 +71,19 @@ def run(config: PrepareConfig) -> str:
     return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
 
 
-def _earlier(config: PrepareConfig) -> Index | None:
-    """The index to go on from: the one that stands in --out, else the one that --previous names."""
+def _earlier(config: PrepareConfig) -> tuple[Index | None, str]:
+    """The index to go on from, the one that stands in --out, else the one that --previous names; and the hash of what
+    stands in --out."""
     out = open_output(config.out)
     if out.exists(FILE):
-        return read_index(out.uri)
-    return read_index(config.previous) if config.previous else None
+        standing = read_index(out.uri)
+        return standing, standing.sha256
+    return read_index(config.previous) if config.previous else None, ""
 
 
 def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, int]]:
-    """References to the earlier index and to tables of `FACTS`, known or new, about every file in no particular order;
-    counts of files."""
+    """References to the earlier index (see `_list`) and to tables of `FACTS`, known or new, about every file in no
+    particular order; counts of files."""
     listing = list(beside_driver(_list).remote(config))
     counts = answer_of(listing[:3][-1])  # or, there or earlier, why the listing failed
     status.begin(open_output(config.out))
@@ -95,14 +97,14 @@ def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, 
     return earlier, facts, counts
 
 
-def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | None]:
-    """The earlier index; what is known of files; how many others are to be read, and how many hidden; those to read, in
-    chunks."""
+def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | tuple[pa.Table | None, str]]:
+    """The earlier index, with the hash of what stands in --out; what is known of files; how many others are to be read,
+    and how many hidden; those to read, in chunks."""
     require_ours(open_output(config.out), "prepare", config)
-    images, earlier = open_input(config.images), _earlier(config)
+    images, (earlier, standing) = open_input(config.images), _earlier(config)
     entries, skipped = list_images(images)
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
-    yield earlier.table if earlier else None
+    yield earlier.table if earlier else None, standing
     yield known
     yield {"read": len(fresh), "skipped_hidden": skipped}
     size = min(max(len(fresh) // 64, MIN_CHUNK), MAX_CHUNK)
@@ -126,15 +128,17 @@ def _isolated() -> Isolated:
 
 
 def _finish(
-    config: PrepareConfig, earlier: pa.Table | None, facts: list[ObjectRef], counts: dict[str, int]
+    config: PrepareConfig, before: tuple[pa.Table | None, str], facts: list[ObjectRef], counts: dict[str, int]
 ) -> dict[str, Any]:
     """Decide, write, and answer what is to be shown; `refused` says why there is only `audit.json` and no index."""
-    images, out = open_input(config.images), open_output(config.out)
+    images, out, (earlier, standing) = open_input(config.images), open_output(config.out), before
     table = decide(pa.concat_tables(ray.get(facts)), config, earlier)
     found = summary(table) | counts | {"hints": hints(table, images.uri)}
     try:
         require_splits(table, config, earlier=earlier is not None)
         claim(out, "prepare", config)
+        if _earlier(config)[1] != standing:  # whose splits would not stand
+            raise TryAgainError(out.uri_of(FILE), "another prepare has written it meanwhile")
         write_index(out, table, images.uri)
     except UsageError as error:
         found["refused"] = error.message

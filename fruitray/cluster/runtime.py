@@ -1,6 +1,7 @@
 """What all jobs share: opening places, claiming an output, streaming work over Ray Data."""
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,11 +83,19 @@ def open_input(uri: str) -> Storage:
 def open_output(uri: str, images: Storage | None = None) -> Storage:
     """The storage at `uri`, to be written to; it must not lie within `images`, whose listing it would join."""
     storage = open_storage(uri)
-    if images is not None and f"{storage.uri}/".startswith(f"{images.uri}/"):
+    if images is not None and is_within(storage, images):
         raise UsageError(f"--out {uri}: must not lie inside --images {images.uri}, or its files would become inputs")
     if not isinstance(storage, LocalStorage):
         storage.check()
     return storage
+
+
+def is_within(storage: Storage, other: Storage) -> bool:
+    """Whether `storage` lies within `other`, or is the same, by whatever links it is named."""
+    place, around = (
+        os.path.realpath(one.uri) if isinstance(one, LocalStorage) else one.uri for one in (storage, other)
+    )
+    return f"{place}/".startswith(f"{around.rstrip('/')}/")
 
 
 FREE = ("config", "workers", "gpu", "checkpoint_minutes", "report", "dry_run")
@@ -100,7 +109,7 @@ def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -
     key = f"{name}.json"
     if not out.exists(key):
         return
-    standing, wanted = _options(out.read(key)), _options(_saved(config, index_sha256))
+    standing, wanted = (_options(out.uri_of(key), saved) for saved in (out.read(key), _saved(config, index_sha256)))
     for option in wanted.keys() - {*FREE, *FREE_OF.get(name, ())}:
         if standing.get(option) != wanted[option]:
             reason = f"was made with {option} {standing.get(option)!r}, not {wanted[option]!r}; choose another --out"
@@ -118,9 +127,12 @@ def _saved(config: Any, index_sha256: str) -> bytes:
     return json.dumps({**json.loads(to_json(config)), "index_sha256": index_sha256}, indent=2, sort_keys=True).encode()
 
 
-def _options(saved: bytes) -> dict[str, Any]:
-    """A saved config as the command line has it: without the groups."""
-    config: dict[str, Any] = json.loads(saved)
+def _options(uri: str, saved: bytes) -> dict[str, Any]:
+    """A config that was saved at `uri`, as the command line has it: without the groups."""
+    try:
+        config = dict(json.loads(saved))
+    except (ValueError, TypeError) as error:
+        raise OutputConflictError(uri, "is not what fruitray writes there; choose another --out") from error
     groups = [name for name, value in config.items() if isinstance(value, dict)]
     return config | {option: value for name in groups for option, value in config.pop(name).items()}
 

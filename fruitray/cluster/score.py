@@ -16,14 +16,14 @@ from fruitray.cluster import planner
 from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import needs, worker_count
 from fruitray.cluster.preflight import preflight
-from fruitray.cluster.runtime import answer_of, beside_driver, open_input, open_output
+from fruitray.cluster.runtime import answer_of, beside_driver, is_within, open_input, open_output
 from fruitray.cluster.scorer import STAGES, Work, score_shards
-from fruitray.commit import PLAN, Part, Plan, adopt_plan, is_finished, read_manifest, read_plan
+from fruitray.commit import PLAN, Part, Plan, adopt_plan, committed, is_finished, read_manifest, read_plan
 from fruitray.config import ScoreConfig, to_json
 from fruitray.confusions import confusion_table
 from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
-from fruitray.errors import TooManyBadImagesError
+from fruitray.errors import TooManyBadImagesError, UsageError
 from fruitray.inputs import LISTS
 from fruitray.metrics import summary
 from fruitray.package import Package, load_package
@@ -85,7 +85,10 @@ def _left(out: Storage) -> tuple[dict[str, int], list[ObjectRef]]:
 def _open_output(config: ScoreConfig) -> Storage:
     out = open_output(config.out)
     for place in config.images:
-        out = open_output(config.out, open_storage(place))
+        images = open_storage(place)
+        out = open_output(config.out, images)
+        if is_within(images, open_storage(out.uri_of("data"))):
+            raise UsageError(f"--out {config.out}: its rows would come to lie in data/ there, beside --images {place}")
     return out
 
 
@@ -104,6 +107,7 @@ def _plan(config: ScoreConfig, package: Package, out: Storage) -> Plan:
     settings = _settings(config, package)
     if standing := _standing_plan(config, settings, out):
         return standing
+    committed(out, ())  # else what lies in the way is told when all is planned
     for place in _folders(config):
         open_input(place)
     connect()

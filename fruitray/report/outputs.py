@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fruitray import status
 from fruitray.errors import FruitrayError
 from fruitray.storage import Storage, open_file, open_storage
+from fruitray.tables import read_parquet
 
 SIGNS = {
     "prepare": "index.parquet",
@@ -38,7 +38,7 @@ class Output:
 
     def table(self, key: str, columns: list[str] | None = None) -> pa.Table:
         """The Parquet file `key`, all of it or these columns."""
-        return pq.read_table(pa.BufferReader(self.storage.read(key)), columns=columns)
+        return read_parquet(self.storage.uri_of(key), self.storage.read(key), columns)
 
 
 def find_outputs(places: Sequence[str]) -> dict[str, Output]:

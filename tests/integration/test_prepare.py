@@ -5,14 +5,19 @@ import os
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
+from fruitray.cluster.prepare import _finish, _list
+from fruitray.config import PrepareConfig
+from fruitray.errors import TryAgainError
 from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, photo_set
 from tests.cluster import Cluster, end_of
@@ -124,6 +129,21 @@ def test_a_class_of_unreadable_photos_is_refused_and_the_audit_kept(
     told = json.loads((tmp_path / "index" / "status.json").read_text())
     assert (told["job"], told["state"], told["exit_code"]) == ("prepare", "failed", 2)
     assert told["said"] in printed
+
+
+def test_what_another_prepare_has_written_meanwhile_is_not_overwritten(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda tables: tables)
+    out = tmp_path / "index"
+    config = PrepareConfig(images=str(prepared / "raw"), out=str(out))
+    before, known, *_ = _list(replace(config, previous=str(prepared / "index")))
+    out.mkdir()
+    shutil.copy(prepared / "index" / "index.parquet", out)
+    standing = (out / "index.parquet").read_bytes()
+    with pytest.raises(TryAgainError, match="another prepare"):
+        _finish(config, before, [known], {"read": 0, "skipped_hidden": 0})
+    assert (out / "index.parquet").read_bytes() == standing
 
 
 def test_an_earlier_index_elsewhere_spares_the_reading(prepared: Path, tmp_path: Path, cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 for. What happens while things are killed is `test_score_faults.py`'s."""
 
 import itertools
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,29 @@ def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: P
     photos.mkdir()
     with pytest.raises(NotFoundError, match="empty on"):
         Scorer(config, "eager", cpus=1).score(shard)
+
+
+def test_the_last_photo_of_a_folder_that_a_list_names_costs_its_own_row_alone(tmp_path: Path) -> None:
+    save_untrained(str(tmp_path / "model"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(_good_photo())
+    (tmp_path / "some.csv").write_text("uri\na/1.jpg\nb/1.jpg\n")
+    images = (str(tmp_path / "some.csv"),)
+    config = ScoreConfig(package=str(tmp_path / "model"), images=images, out=str(tmp_path / "out"), dry_run=True)
+    shard = list_inputs(images)[0].append_column("part", pa.array(["0", "0"]))
+    shutil.rmtree(tmp_path / "b")
+    assert Scorer(config, "eager", cpus=1).score(shard)["errors"].to_pylist() == [1]
+
+
+def test_a_list_that_names_a_missing_bucket_is_told_and_one_that_names_a_missing_object_is_not(
+    aws: str, tmp_path: Path
+) -> None:
+    (tmp_path / "some.csv").write_text(f"uri\ns3://{aws}/gone.jpg\n")
+    assert list_inputs([str(tmp_path / "some.csv")])[0].num_rows == 1
+    (tmp_path / "some.csv").write_text(f"uri\ns3://{aws}/gone.jpg\ns3://{aws}-gone/1.jpg\n")
+    with pytest.raises(NotFoundError, match=f"{aws}-gone.*no such bucket"):
+        list_inputs([str(tmp_path / "some.csv")])
 
 
 def test_photos_that_may_be_listed_but_not_read_are_told_before_a_plan_is_written(

@@ -181,20 +181,21 @@ def test_an_index_of_another_version_is_refused_as_such(tmp_path: Path, version:
         read_index(str(tmp_path))
 
 
-def test_a_damaged_index_is_refused_or_read_but_never_a_crash(tmp_path: Path) -> None:
+def test_a_damaged_index_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
     data = written(tmp_path, index_of(ROWS))
+    table = read_index(str(tmp_path)).table
     choice = random.Random(3)
     refused = 0
     for _ in range(200):
         damaged = bytearray(data[: choice.choice([len(data), choice.randrange(len(data))])])
-        for position in [choice.randrange(len(damaged)) for _ in range(5)] if damaged else []:
+        for position in [choice.randrange(len(damaged)) for _ in range(choice.choice([1, 5]))] if damaged else []:
             damaged[position] = choice.randrange(256)
         (tmp_path / FILE).write_bytes(damaged)
         try:
-            read_index(str(tmp_path)).rows("train")
+            assert read_index(str(tmp_path)).table == table
         except OutputConflictError:
             refused += 1
-    assert refused > 100
+    assert 100 < refused < 200
 
 
 def test_an_index_without_rows_is_no_input(tmp_path: Path) -> None:

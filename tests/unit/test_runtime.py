@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import claim
+from fruitray.cluster.runtime import claim, open_output
 from fruitray.config import TrainConfig
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.storage import LocalStorage
@@ -44,3 +44,21 @@ def test_an_output_is_refused_to_another_job_with_other_options(tmp_path: Path) 
         claim(out, "train", replace(config, fit=replace(config.fit, seed=1)), "a")
     with pytest.raises(OutputConflictError, match="index_sha256"):
         claim(out, "train", config, "b")
+
+
+@pytest.mark.parametrize("saved", [b"[1]", b"{", b"7", b"\xff"])
+def test_a_file_of_that_name_that_is_not_ours_is_told(tmp_path: Path, saved: bytes) -> None:
+    (tmp_path / "train.json").write_bytes(saved)
+    with pytest.raises(OutputConflictError, match="not what fruitray writes"):
+        claim(LocalStorage(str(tmp_path)), "train", TrainConfig(index="i", out=str(tmp_path)), "a")
+
+
+def test_an_output_may_not_lie_inside_the_photos_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for out, images in (("photos/index", "link"), ("link/index", "photos"), ("link", "photos")):
+        with pytest.raises(UsageError, match="must not lie inside"):
+            open_output(str(tmp_path / out), LocalStorage(str(tmp_path / images)))
+    with pytest.raises(UsageError, match="must not lie inside"):
+        open_output(str(tmp_path), LocalStorage("/"))
+    open_output(str(tmp_path / "photos-index"), LocalStorage(str(tmp_path / "photos")))

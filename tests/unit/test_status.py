@@ -9,7 +9,7 @@ import pytest
 
 from fruitray import status
 from fruitray.console import progress
-from fruitray.errors import AccessDeniedError
+from fruitray.errors import AccessDeniedError, FruitrayError, NotFoundError, TryAgainError
 from fruitray.storage import LocalStorage, Storage, open_storage
 
 
@@ -73,12 +73,25 @@ def test_what_is_done_but_was_killed_before_it_said_so_says_so_when_run_again(ou
     assert (told(out)["state"], told(out)["said"]) == ("succeeded", "now it is told")
 
 
-def test_a_place_that_takes_no_status_fails_no_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [AccessDeniedError, TryAgainError])
+def test_a_place_that_takes_no_status_any_more_fails_no_job(tmp_path: Path, error: type[FruitrayError]) -> None:
     class Full(LocalStorage):
+        begun = False
+
         def write(self, key: str, data: bytes) -> None:
-            raise AccessDeniedError(self.uri_of(key), "the disk is full")
+            if self.begun or error is TryAgainError:
+                raise error(self.uri_of(key), "the disk is full")
 
     with status.of("score") as job:
-        status.begin(Full(str(tmp_path)))
+        status.begin(out := Full(str(tmp_path)))
+        out.begun = True
         job.end(0, "done")
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_does_not_begin_where_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    out = LocalStorage(str(tmp_path / "notes.txt" / "index"))
+    with pytest.raises(NotFoundError, match="a file is there"), status.of("prepare"):
+        status.begin(out)
+    with status.of("score"):
+        status.mend(out)
