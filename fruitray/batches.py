@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from fruitray.augment import augment, copies, mix, mixes
 from fruitray.console import progress
-from fruitray.errors import ImageError, OutputConflictError, TryAgainError
+from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
 from fruitray.images import decode, fetch
 from fruitray.machine import make_cache_folder, versions
 from fruitray.preprocess import Preprocessing
@@ -54,17 +54,21 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
 
     Raises:
         OutputConflictError: a photo is no longer what the index says.
-        UsageError: the folder for the file cannot be used.
+        UsageError: the folder for the file cannot be used, or the file, which is another's.
         TryAgainError: its disk is full.
     """
     photos = [(entry.key, entry.etag) for entry in entries]
     what = [storage.uri, asdict(preprocessing), preprocessing.enough, photos, versions()]
     path = make_cache_folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.npy"
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         if not path.exists():
-            _decode_into(path, storage, entries, preprocessing)
-    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    _decode_into(path, storage, entries, preprocessing)
+        return torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
+    except PermissionError as error:
+        raise UsageError(f"FRUITRAY_CACHE {path.parent}: {error.filename}: {error.strerror}") from error
 
 
 def _decode_into(path: Path, storage: Storage, entries: Sequence[Entry], preprocessing: Preprocessing) -> None:

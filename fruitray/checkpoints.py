@@ -28,12 +28,17 @@ SHARE = 0.03
 _FOLDER = "checkpoints/"
 
 
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """`state` as `torch.save` writes it; what it writes to a disk that is full by itself ends in no `OSError`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
 def save_checkpoint(storage: Storage, state: dict[str, Any]) -> str:
     """Store `state`, whose `number` epochs and `step` steps say how new it is; answers its name."""
     name = f"{_FOLDER}{state['number']:06}-{state['step']:08}-{secrets.token_hex(4)}"
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
+    data = to_bytes(state)
     storage.write(f"{name}.pt", data)
     said = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     storage.write(f"{name}.json", json.dumps(said).encode())

@@ -223,7 +223,7 @@ def _timm(config: ModelConfig) -> Plan:
     given = timm.data.resolve_data_config(model=network, use_test_size=True)
     preprocessing = Preprocessing(
         size=given["input_size"][1],
-        crop=given["crop_pct"],
+        crop=0.0 if given["crop_mode"] == "squash" else given["crop_pct"],
         interpolation="bilinear" if given["interpolation"] == "bilinear" else "bicubic",
         mean=tuple(given["mean"]),
         std=tuple(given["std"]),

@@ -54,7 +54,7 @@ def save_package(
 ) -> None:
     """Write the package into `storage`: `facts` (index hash, config, metrics, ...) into package.json, `files` beside
     it, by name."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     files = {**(files or {}), WEIGHTS: save_safetensors(state)}
     description = {
         **facts,

@@ -73,8 +73,7 @@ class Run:
         steps, mine = len(self._train), torch.zeros(1, dtype=torch.float64, device=self._device)
         for step, batch in enumerate(self._train.epoch(number, done), start=done):
             torch.manual_seed(self._seed(number, step))
-            progress = ((number - 1 - first) * steps + step) / ((last - first) * steps)
-            self._set_learning_rate(_factor(self._config, progress))
+            self._set_learning_rate(_factor(self._config, (number - 1 - first) * steps + step, (last - first) * steps))
             mine += self._step(batch)
             if step % CHECKED_EVERY == CHECKED_EVERY - 1:
                 _require_number(number, mine.item())
@@ -127,6 +126,13 @@ class Run:
             except torch.OutOfMemoryError:
                 if self._train.world > 1 or self.parts >= len(inputs):
                     raise
+            except ValueError as error:  # of batch norm, to which one number tells nothing of how numbers spread
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                if self.parts > self._config.accumulate:
+                    raise torch.OutOfMemoryError from error
+                lone = "leaves a part of a step with one photo, of which this network's batch norm can learn nothing"
+                raise UsageError(f"--batch-size {self._config.batch_size}: {lone}; take another") from error
             except RuntimeError as error:  # of networks that such operations cannot make
                 if self._config.deterministic and "deterministic" in str(error):
                     raise UsageError(f"--deterministic: not this network on this device: {one_line(error)}") from error
@@ -162,8 +168,12 @@ class Run:
         return tensor.tensor_split(min(self.parts, max(1, least)))
 
     def _lerp(self, averages: Tensors, news: Tensors, _: Any) -> None:
-        """An exponential moving average that forgets its start: at step n the decay is (1 + n) / (10 + n) at most."""
+        """An exponential moving average that forgets its start: at step n the decay is (1 + n) / (10 + n) at most. What
+        counts or points, as Swin's indices of positions, is no average, but the newest."""
         assert self._average is not None
+        if not averages[0].is_floating_point():  # they come by type
+            torch._foreach_copy_(averages, news)
+            return
         step = int(self._average.n_averaged)  # on the CPU, while what is handed here was copied to the GPU
         decay = min(self._config.ema, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(averages, news, step)  # type: ignore[no-untyped-call]
@@ -239,13 +249,14 @@ def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.O
     return kind(groups, fused=True)
 
 
-def _factor(config: FitConfig, done: float) -> float:
-    """The learning rate, as a share of its peak, when a share of `done` of its stage's steps are."""
-    if done < config.warmup:
-        return done / config.warmup
+def _factor(config: FitConfig, step: int, steps: int) -> float:
+    """The learning rate, as a share of its peak, in a stage's step of that number, from 0, of so many."""
+    warmup = config.warmup * steps
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def _class_weights(train: Batches) -> torch.Tensor:

@@ -33,7 +33,15 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import GpuFullError, OutputConflictError, TryAgainError, find, find_ours, one_line
+from fruitray.errors import (
+    GpuFullError,
+    ModelRejectedError,
+    OutputConflictError,
+    TryAgainError,
+    find,
+    find_ours,
+    one_line,
+)
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
@@ -61,6 +69,8 @@ def run(config: TrainConfig) -> str:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
         connect()
         return preflight("train", reads, config.out, workers=config.workers, **_share(config), disk=size)
+    if out.exists(DESCRIPTION) and _is_mixed(out):
+        out.delete(DESCRIPTION)
     if out.exists(DESCRIPTION):
         status.mend(out)
     else:
@@ -81,6 +91,19 @@ def run(config: TrainConfig) -> str:
     delete_checkpoints(out)
     model_id = show_final(out)
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
+
+
+def _is_mixed(out: Storage) -> bool:
+    """Whether the package is not whole while there are checkpoints still, as where two wrote it at once: it can be
+    written again."""
+    if next(committed_checkpoints(out), None) is None:
+        return False
+    try:
+        load_package(out.uri)
+    except ModelRejectedError as error:
+        say(f"train: {error}; writing it again")
+        return True
+    return False
 
 
 def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:

@@ -7,13 +7,14 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
 
 from fruitray.backbones import parameter_counts, pick_device, rebuilt, trained_part
-from fruitray.checkpoints import Pace
+from fruitray.checkpoints import Pace, to_bytes
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
 from fruitray.errors import GpuFullError, TryAgainError, find_ours, one_line
@@ -49,7 +50,7 @@ def run_trial(space: dict[str, Any]) -> None:
                 tune.report(last)
                 continue
             with pace.saving(), _passing(), tempfile.TemporaryDirectory() as folder:
-                torch.save(state, os.path.join(folder, CHECKPOINT))
+                Path(folder, CHECKPOINT).write_bytes(to_bytes(state))
                 tune.report(last, checkpoint=tune.Checkpoint.from_directory(folder))
     except TryAgainError:
         raise

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from ray.exceptions import ActorDiedError
 
-from fruitray.checkpoints import save_checkpoint
+from fruitray.checkpoints import delete_checkpoints, save_checkpoint
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
 from fruitray.errors import DivergedError, GpuFullError, OutputConflictError, TryAgainError
@@ -172,6 +172,17 @@ def test_what_would_fail_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
     assert tried(ActorDiedError()) == tried(TryAgainError("s3://fruit", "busy")) == 1 + train.FAILURES
     assert tried(ray.train.ControllerError(ActorDiedError())) == 1 + train.FAILURES
     assert tried(ActorDiedError(), gets_on=True) == 1 + 2 * train.FAILURES
+
+
+def test_a_package_that_two_wrote_at_once_is_written_again_while_there_are_checkpoints(tmp_path: Path) -> None:
+    out = LocalStorage(str(tmp_path))
+    save_untrained(out.uri)
+    save_checkpoint(out, {"number": 1, "step": 0})
+    assert not train._is_mixed(out)
+    out.write("model.safetensors", b"another's")
+    assert train._is_mixed(out)
+    delete_checkpoints(out)
+    assert not train._is_mixed(out), "nothing is left to write it from"
 
 
 def test_a_package_that_was_copied_there_is_not_taken_for_the_trained_one(tmp_path: Path) -> None:

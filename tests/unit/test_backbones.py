@@ -370,6 +370,7 @@ def test_preprocessing_comes_with_the_backbone_and_the_size_can_be_asked_for() -
     assert new("cnn").preprocessing.size == new("mlp").preprocessing.size == 300
     timms = new(TIMM).preprocessing
     assert (timms.size, timms.crop, timms.interpolation) == (224, 0.875, "bicubic")
+    assert new("timm/convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop == 0, "made for the whole photo, squashed"
 
 
 def test_state_hash_tells_names_types_shapes_and_values_apart() -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -90,6 +90,25 @@ def test_where_the_photos_are_not_mounted_nobody_is_told_to_prepare_again(photos
         path.unlink()
     with pytest.raises(NotFoundError, match="is it not mounted"):
         decoded_photos(photos, listed, Preprocessing(size=SIZE))
+
+
+def test_photos_that_another_has_decoded_are_only_read(photos: CountingStorage, cache: Path) -> None:
+    mine = decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
+    [lock] = cache.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # nobody opens it any more
+    assert torch.equal(decoded_photos(photos, entries(photos), Preprocessing(size=SIZE)), mine)
+
+
+def test_photos_that_another_has_decoded_for_himself_are_told(
+    photos: CountingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(UsageError, match=r"FRUITRAY_CACHE .*\.npy: Permission denied"):
+        decoded_photos(photos, entries(photos), Preprocessing(size=SIZE))
 
 
 def test_a_cache_that_cannot_be_used_is_told(

@@ -291,6 +291,24 @@ def test_out_of_memory_with_a_single_photo_is_an_error() -> None:
         list(training(Narrow(0)))
 
 
+def test_a_lone_photo_before_batch_norm_is_told() -> None:
+    lonely = replace(clouds(1, examples=9), batch_size=2)
+    module = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with pytest.raises(UsageError, match=r"--batch-size 2.*one photo"):
+        list(training(module, replace(PLAIN, batch_size=2), train=lonely))
+
+
+def test_photos_that_fit_only_one_by_one_are_too_many_before_batch_norm() -> None:
+    class Small(nn.Sequential):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if len(inputs) > 1:
+                raise TOO_MANY
+            return super().forward(inputs)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(training(Small(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_every_optimizer_learns_the_toy(optimizer: str, schedule: str) -> None:
@@ -318,6 +336,13 @@ def test_the_average_is_what_is_validated_and_kept() -> None:
     assert sum(smooth[4:]) < sum(rough[4:])
     loss, _ = evaluate(average, clouds(2), CPU)
     assert loss in smooth
+
+
+def test_what_points_is_no_average() -> None:
+    module = network()
+    module.register_buffer("places", torch.arange(2401))
+    list(training(module, replace(PLAIN, epochs=3, ema=0.998)))
+    assert torch.equal(module.places, torch.arange(2401))
 
 
 def test_a_rare_class_weighs_as_much_as_the_others() -> None:
@@ -375,6 +400,15 @@ def test_the_warm_up_starts_with_small_steps() -> None:
         return float((module[0].weight - before).norm().detach())
 
     assert first_move(0.9) < first_move(0.0) / 3
+
+
+def test_every_step_of_a_warm_up_trains() -> None:
+    few = clouds(1, examples=8)
+    module = network()
+    before = weights(module)
+    [epoch] = training(module, replace(PLAIN, epochs=1, warmup=0.5), train=replace(few, batch_size=8))
+    assert epoch.learning_rate == pytest.approx(PLAIN.learning_rate)
+    assert weights(module) != before
 
 
 def photos_and_model(**settings: Any) -> tuple[Batches, Classifier]:

@@ -90,6 +90,16 @@ def test_a_package_holds_all_there_is_to_know(tmp_path: Path, config: ModelConfi
     assert found.model_id == hashlib.sha256((tmp_path / "package.json").read_bytes()).hexdigest()
 
 
+def test_a_layer_that_stands_in_two_places_is_kept_in_both(tmp_path: Path) -> None:
+    model = network()
+    layer = next(module for module in model.trunk.modules() if isinstance(module, torch.nn.Conv2d))
+    model.trunk.add_module("again", layer)
+    save_package(LocalStorage(str(tmp_path)), model, CONFIG, LABELS, {})
+    kept = load_safetensors((tmp_path / "model.safetensors").read_bytes())
+    assert torch.equal(kept["trunk.again.weight"], layer.weight)
+    assert sum(torch.equal(tensor, layer.weight) for tensor in kept.values()) == 2
+
+
 def test_predictions_are_those_of_the_model(package: Path, files: list[bytes]) -> None:
     model, predictions = network(), predict(package, files, top_k=2, full_precision=True)
     model.full_precision = True

@@ -1,5 +1,7 @@
 """One trial in this process: where it goes on from, and what is said of how it ended."""
 
+import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ import torch
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as Tried
 
-from fruitray.cluster.trial import LONGEST, _passing, reason, train
+from fruitray.cluster import trial
+from fruitray.cluster.trial import CHECKPOINT, LONGEST, _passing, reason, train
 from fruitray.cluster.tune import _row, plain
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, OutputConflictError, TryAgainError
@@ -46,6 +49,22 @@ def test_a_trial_that_goes_on_from_any_epoch_ends_as_an_undisturbed_one(tmp_path
 def test_a_trial_whose_index_was_prepared_anew_ends(tmp_path: Path) -> None:
     with pytest.raises(OutputConflictError, match="anew"):
         next(train(space(tmp_path, 0) | {"index_sha256": "another"}))
+
+
+def test_a_full_disk_is_what_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(tempfile.TemporaryDirectory[str]):
+        def __enter__(self) -> str:
+            os.symlink("/dev/full", os.path.join(self.name, CHECKPOINT))
+            return self.name
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Full)
+    monkeypatch.setattr(trial, "train", lambda *_: iter([({"accuracy": 0.5}, {"weights": torch.zeros(100)})]))
+    monkeypatch.setattr(trial, "_read_checkpoint", lambda: None)
+    monkeypatch.setattr(trial, "use_threads", lambda _: None)
+    monkeypatch.setattr(trial.Pace, "cheap", lambda _: True)
+    monkeypatch.setattr(trial.tune, "report", lambda *_, **__: None)
+    with pytest.raises(TryAgainError, match=r"cannot be kept: .*No space left"):
+        trial.run_trial({"cpus": 1})
 
 
 def ended(last_result: dict[str, Any] | None, error: Exception | str | None = None) -> Tried:
