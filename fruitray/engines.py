@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fruitray.backbones import Classifier, fast_in_bfloat16
 from fruitray.errors import GpuFullError, UsageError
 from fruitray.machine import has_compiler
-from fruitray.memory import full_gpu_told, in_halves
+from fruitray.memory import as_out_of_memory, full_gpu_told, in_halves
 
 EngineName = Literal["eager", "compile", "openvino"]
 TOLERANCE = 2e-2
@@ -201,12 +201,23 @@ def _openvino(model: Classifier, device: torch.device, batch: int, narrow: bool)
 
 
 def _padded(compute: Callable[[torch.Tensor], Outputs], batch: int) -> Callable[[torch.Tensor], Outputs]:
-    """For what was compiled for so many photos and no other number."""
+    """For what is compiled for so many photos, and for fewer only where memory is too small for them."""
+    most = batch
 
     def padded(photos: torch.Tensor) -> Outputs:
-        missing = batch - len(photos)
-        logits, embeddings = compute(F.pad(photos, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else photos)
-        return logits[: len(photos)], embeddings[: len(photos)]
+        nonlocal most
+        if len(photos) > most:
+            raise torch.OutOfMemoryError  # as it was before
+        while True:
+            missing = most - len(photos)
+            try:
+                with as_out_of_memory():
+                    logits, embeddings = compute(F.pad(photos, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else photos)
+                return logits[: len(photos)], embeddings[: len(photos)]
+            except torch.OutOfMemoryError:
+                most = max(1, most // 2, len(photos) if missing else 0)
+                if not missing:
+                    raise
 
     return padded
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import nn
 
 from fruitray.batches import Batches
@@ -239,17 +239,22 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     Where every photo is right the best fit would be boundless: there the mean confidence becomes what the accuracy
     would be, had one more photo been seen, and that one wrong.
     """
-    precise, all_right = logits.double(), bool((logits.argmax(dim=1) == labels).all())
+    precise, (low, high) = logits.double(), map(math.log, TEMPERATURES)
 
     def loss(log_temperature: float) -> float:
-        scaled = precise / math.exp(log_temperature)
-        if all_right:
-            return abs(scaled.softmax(dim=1).amax(dim=1).mean().item() - len(labels) / (len(labels) + 1))
-        return F.cross_entropy(scaled, labels).item()
+        return F.cross_entropy(precise / math.exp(log_temperature), labels).item()
 
-    low, high = TEMPERATURES  # the loss is convex in 1 / temperature, so there is one valley
-    best = minimize_scalar(loss, bounds=(math.log(low), math.log(high)), method="bounded")
-    return min(high, max(low, math.exp(best.x)))
+    def excess(log_temperature: float) -> float:
+        confidences = (precise / math.exp(log_temperature)).softmax(dim=1).amax(dim=1)
+        return confidences.mean().item() - len(labels) / (len(labels) + 1)
+
+    if (logits.argmax(dim=1) != labels).any():  # the loss is convex in 1 / temperature, so there is one valley
+        best = minimize_scalar(loss, bounds=(low, high), method="bounded").x
+    elif excess(low) > 0 > excess(high):  # which falls all the way
+        best = brentq(excess, low, high)
+    else:
+        best = high if excess(high) >= 0 else low
+    return min(TEMPERATURES[1], max(TEMPERATURES[0], math.exp(best)))
 
 
 def calibration_error(confidences: torch.Tensor, right: torch.Tensor) -> float:

@@ -69,6 +69,11 @@ class Picker(Protocol):
         """A number between the least and the greatest of `values`, drawn log-uniformly, or one of them."""
 
 
+def within(values: Sequence[float], drawn: float) -> float:
+    """`drawn` in three digits, which leads out of `values` nowhere: of a single one it is that one."""
+    return min(max(float(f"{drawn:.3g}"), min(values)), max(values))
+
+
 def networks(config: TuneConfig) -> list[Network]:
     """What is compared: each backbone, frozen or whole where it is pretrained."""
     found = []
@@ -152,7 +157,7 @@ class Draws:
 
     def between(self, name: str, values: Sequence[float]) -> float:
         low, high = math.log10(min(values)), math.log10(max(values))
-        return float(f"{10 ** self._random.uniform(low, high):.3g}")
+        return within(values, 10 ** self._random.uniform(low, high))
 
 
 class Walk:

@@ -20,7 +20,8 @@ def write_sheet(out: Storage, index: Index, policy: str, seed: int, *, photos: i
         OutputConflictError: a photo is no longer what the index says.
     """
     entries, _ = index.rows("train")
-    chosen = [entries[place * len(entries) // photos] for place in range(min(photos, len(entries)))]
+    count = min(photos, len(entries))
+    chosen = [entries[place * len(entries) // count] for place in range(count)]
     shown = torch.stack(list(squares(open_storage(index.images), chosen, Preprocessing(size=side))))
     sheet = io.BytesIO()
     contact_sheet(shown, policy, seed).save(sheet, "PNG")

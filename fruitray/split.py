@@ -301,6 +301,7 @@ def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = Fa
     labels = sorted({label for label, _ in count})
     said = [
         f"{label}: {' + '.join(f'{count[label, split]} {split}' for split in splits)}, {count[label, None]} not usable"
+        + _said_of_duplicates(labelled.filter(pc.equal(labelled["label"], label)), len(splits))
         for label in labels
         if len(labels) < 2 or not all(count[label, split] for split in splits)
     ]
@@ -310,6 +311,15 @@ def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = Fa
     if said:
         why = "; an earlier index's splits stand: prepare into another --out without it" if earlier else ""
         raise UsageError(f"every class needs photos for {', '.join(splits[:-1])} and {splits[-1]}; found {found}{why}")
+
+
+def _said_of_duplicates(photos: pa.Table, splits: int) -> str:
+    """Where `photos`, of one class, are too few groups for so many splits: that they would not be too few photos."""
+    placed = photos.filter(pc.is_valid(photos["split"]))
+    groups = len(pc.unique(pc.coalesce(placed["group"], placed["sha256"])))
+    if groups >= min(splits, placed.num_rows):
+        return ""
+    return f", {groups} but for duplicates, which stay together (see --near-duplicates)"
 
 
 def require_folds(index: Index, folds: int) -> None:

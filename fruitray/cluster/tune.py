@@ -30,7 +30,7 @@ from fruitray.errors import (
 )
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
-from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings
+from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings, within
 from fruitray.split import require_folds
 from fruitray.storage import Storage
 from fruitray.tables import parquet
@@ -183,7 +183,7 @@ class _Suggestions:
         return self._asked.suggest_categorical(name, choices)
 
     def between(self, name: str, values: Sequence[float]) -> float:
-        return float(f"{self._asked.suggest_float(name, min(values), max(values), log=True):.3g}")
+        return within(values, self._asked.suggest_float(name, min(values), max(values), log=True))
 
 
 def plain(number: int, trial: Trial) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fruitray import transforms
+from fruitray import sheet, transforms
 from fruitray.augment import DRAWS, EIGHT, STEPS, augment, contact_sheet, copies, fixed_variants, mix, uniforms
 from fruitray.config import AUGMENTATIONS, FitConfig
 from fruitray.errors import UsageError
+from fruitray.index import read_index
+from fruitray.sheet import write_sheet
+from fruitray.storage import Entry, LocalStorage
+from tests.unit.runs import TRAIN, write_photos_and_index
 
 RANDOM = (*STEPS, "mirror+jitter+jpeg", "flips+trivial+erase", "eightfold+jitter")
 """Policies that draw something anew in each epoch."""
@@ -334,13 +339,27 @@ def test_a_policy_that_makes_no_sense_is_refused(policy: str, rule: str) -> None
     assert str(caught.value).startswith(f"--augment {policy}: ")
 
 
+@pytest.mark.parametrize(("asked", "shown"), [(3 * TRAIN, TRAIN), (TRAIN + 1, TRAIN), (TRAIN - 1, TRAIN - 1), (1, 1)])
+def test_a_sheet_shows_no_photo_twice(asked: int, shown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Entry] = []
+
+    def squares(_: object, entries: list[Entry], __: object) -> list[torch.Tensor]:
+        drawn.extend(entries)
+        return [torch.zeros(3, 16, 16, dtype=torch.uint8)] * len(entries)
+
+    monkeypatch.setattr(sheet, "squares", squares)
+    index = read_index(write_photos_and_index(tmp_path))
+    write_sheet(LocalStorage(str(tmp_path)), index, "mirror", 0, photos=asked, side=16)
+    assert len({entry.key for entry in drawn}) == len(drawn) == shown
+
+
 @pytest.mark.parametrize("policy", [*AUGMENTATIONS, "eightfold+jitter+cutmix"])
 def test_a_contact_sheet_shows_each_photo_and_what_becomes_of_it(policy: str) -> None:
     batch = photos(3, 16, 12)
-    sheet = torch.from_numpy(np.array(contact_sheet(batch, policy, columns=5))).permute(2, 0, 1)
+    drawn = torch.from_numpy(np.array(contact_sheet(batch, policy, columns=5))).permute(2, 0, 1)
     columns = 1 + (8 if policy.startswith("eightfold") else 5)
-    assert sheet.shape == (3, 3 * 18, columns * 14)
-    tiles = sheet.unfold(1, 16, 18).unfold(2, 12, 14).permute(1, 2, 0, 3, 4)
+    assert drawn.shape == (3, 3 * 18, columns * 14)
+    tiles = drawn.unfold(1, 16, 18).unfold(2, 12, 14).permute(1, 2, 0, 3, 4)
     assert torch.equal(tiles[:, 0], batch)
     assert torch.equal(tiles[:, 1:], batch[:, None].expand_as(tiles[:, 1:])) == (policy == "none")
     if policy == "eightfold":

@@ -9,7 +9,7 @@ from torch import nn
 
 from fruitray.backbones import Classifier, build, fast_in_bfloat16
 from fruitray.config import ModelConfig
-from fruitray.engines import TOLERANCE, Engine, fold_batch_norm, make_engine, pick_engine
+from fruitray.engines import TOLERANCE, Engine, _padded, fold_batch_norm, make_engine, pick_engine
 from fruitray.errors import GpuFullError, UsageError
 from fruitray.preprocess import Preprocessing
 from tests.unit.runs import CONFIG, network
@@ -68,6 +68,25 @@ def test_what_does_not_fit_into_the_memory_of_a_gpu_is_computed_in_halves() -> N
     room = 0
     with pytest.raises(GpuFullError, match="nvidia-smi"):
         Engine("full", 8, compute)(photos)
+
+
+def test_what_is_compiled_for_a_batch_that_does_not_fit_is_compiled_for_a_smaller_one() -> None:
+    taken = []
+
+    def compute(photos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(len(photos))
+        if len(photos) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return photos.flatten(1) + 1, photos.flatten(1)
+
+    photos = torch.arange(27.0).view(9, 3, 1, 1)
+    engine = Engine("compile", 8, _padded(compute, 8))
+    for count in (2, 9, 1):
+        logits, embeddings = engine(photos[:count])
+        assert torch.equal(logits, photos[:count].flatten(1) + 1)
+        assert torch.equal(embeddings, photos[:count].flatten(1))
+    assert taken[:3] == [8, 4, 2]
+    assert set(taken[3:]) == {2}, "each number of photos is compiled anew"
 
 
 class Narrow(nn.Module):

@@ -79,6 +79,16 @@ def test_where_every_photo_is_right_confidences_are_high_but_not_boundless(facto
     assert found.ece == pytest.approx(1 / 401, rel=0.1)
 
 
+@pytest.mark.parametrize("margin", [6, 15, 30, 100])
+@pytest.mark.parametrize("classes", [2, 200])
+def test_so_they_are_however_far_apart_the_logits_are(classes: int, margin: float) -> None:
+    labels = torch.arange(400) % classes
+    logits = 0.7 * torch.randn(400, classes, generator=torch.Generator().manual_seed(0))
+    logits[torch.arange(400), labels] += margin
+    confidences = Inference(temperature=fit_temperature(logits, labels)).scores(logits).amax(dim=1)
+    assert confidences.mean().item() == pytest.approx(400 / 401, abs=1e-4)
+
+
 def test_a_hopeless_model_gets_a_temperature_all_the_same() -> None:
     logits, _ = calibrated(50)
     Inference(temperature=fit_temperature(logits, logits.argmin(dim=1)))

@@ -58,6 +58,10 @@ def test_draws_stay_within_the_space() -> None:
     assert {trial.model.dropout for trial in trials} == {0.1}
 
 
+def test_a_single_learning_rate_is_taken_as_it_is() -> None:
+    assert {trial.fit.learning_rate for trial in draw_trials(_config(learning_rates=(0.0012345,)))} == {0.0012345}
+
+
 def test_every_network_has_learning_rates_that_suit_it_unless_some_are_given() -> None:
     config = _config(backbones=("cnn", "cnn_bn", "vgg16"), frozen_choices=(True, False), trials=40)
     rates: dict[tuple[str, bool], list[float]] = {}

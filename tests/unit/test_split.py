@@ -637,8 +637,14 @@ def test_another_number_of_folds_is_dealt_evenly(before: int, after: int) -> Non
         pytest.param(
             [*BASE, *(photo("kiwi", 1, uri=f"kiwi/{copy}.jpg") for copy in range(4))],
             {"duplicates": "keep-all"},
-            ["kiwi: 4 train + 0 val"],
+            ["kiwi: 4 train + 0 val, 0 not usable, 1 but for duplicates"],
             id="copies of one photo",
+        ),
+        pytest.param(
+            [*BASE, *(photo("kiwi", 1, 1 << bit) for bit in range(5))],
+            {},
+            ["kiwi: 5 train + 0 val, 0 not usable, 1 but for duplicates", "--near-duplicates"],
+            id="a burst",
         ),
         pytest.param(
             [*BASE, *(row | {"label": "kiwi", "uri": f"{row['uri']} too"} for row in BASE[:12])],
