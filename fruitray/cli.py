@@ -129,6 +129,8 @@ def _draw_report(out: str) -> None:
         from fruitray.cluster.report import draw
 
         say(f"see {draw(out)}")
+    except KeyboardInterrupt:
+        say("no report was drawn: interrupted")
     except Exception as error:
         last = (str(error).strip().splitlines() or [""])[-1]
         say(f"no report could be drawn: {find_ours(error) or f'{type(error).__name__}: {last}'}")

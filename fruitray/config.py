@@ -531,6 +531,7 @@ class DemoConfig:
     """Side in pixels of what the networks see."""
 
     def __post_init__(self) -> None:
+        require("://" not in self.out, "out", self.out, "must be a local folder")
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
 
 

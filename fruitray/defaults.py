@@ -27,9 +27,10 @@ def from_file(kind: type[Any], argv: Sequence[str]) -> list[str]:
         return []
     import yaml  # on use, as storage: `--help` needs neither
 
-    from fruitray.storage import open_file
+    from fruitray.storage import open_file, require_answer
 
     storage, key = open_file(path)
+    require_answer(storage)
     data = storage.read(key)
     try:
         try:

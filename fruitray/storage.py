@@ -114,7 +114,13 @@ def open_storage(uri: str) -> Storage:
         raise UsageError(f"{uri!r} names no bucket: give s3://bucket/prefix")
     from fruitray.s3 import S3Storage  # on use: boto3 is slow to load, and a folder needs none of it
 
-    return S3Storage(bucket, prefix.strip("/"))
+    return S3Storage(bucket, prefix.rstrip("/"))
+
+
+def require_answer(storage: Storage) -> None:
+    """Raise within seconds where `storage` does not answer, as reading from it would after minutes."""
+    with suppress(AccessDeniedError, NotFoundError):  # nobody asks whether it can be listed
+        storage.check()
 
 
 def open_file(uri: str) -> tuple[Storage, str]:

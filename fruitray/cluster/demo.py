@@ -42,6 +42,7 @@ OUTPUTS = {
 def run(config: DemoConfig) -> str:
     """Run it all; copy the outputs out of the S3 server, which ends with the demo, to a folder of this run's own."""
     start = time.perf_counter()
+    _set_environment({})
     kept = Path(config.out).absolute() / f"{datetime.now():%Y%m%d-%H%M%S}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped then, too
     if find_binary("weed") is None:

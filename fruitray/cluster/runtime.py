@@ -98,14 +98,24 @@ def is_within(storage: Storage, other: Storage) -> bool:
     return f"{place}/".startswith(f"{around.rstrip('/')}/")
 
 
+KEEPERS = ("prepare", "tune", "train", "score")
+"""Jobs that keep their config as JOB.json in their --out."""
 FREE = ("config", "workers", "gpu", "checkpoint_minutes", "report", "dry_run")
 """Options that do not decide what comes out, so a job may be resumed with others."""
 FREE_OF = {"prepare": ("previous", "probe", "weights", "image_size", "show_augment", "augment")}
 """Those of one job alone."""
 
 
+def require_alone(out: Storage, name: str) -> None:
+    """Raise `OutputConflictError` if another job than `name` has its output in `out`: files of theirs share names."""
+    for other in KEEPERS:
+        if other != name and out.exists(f"{other}.json"):
+            raise OutputConflictError(out.uri_of(f"{other}.json"), "is another job's; choose another --out")
+
+
 def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
     """Raise `OutputConflictError` if `out` was made by the job `name` with other settings, or of another index."""
+    require_alone(out, name)
     key = f"{name}.json"
     if not out.exists(key):
         return

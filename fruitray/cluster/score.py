@@ -16,7 +16,7 @@ from fruitray.cluster import planner
 from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import needs, worker_count
 from fruitray.cluster.preflight import preflight
-from fruitray.cluster.runtime import answer_of, beside_driver, is_within, open_input, open_output
+from fruitray.cluster.runtime import answer_of, beside_driver, is_within, open_input, open_output, require_alone
 from fruitray.cluster.scorer import STAGES, Work, score_shards
 from fruitray.commit import PLAN, Part, Plan, adopt_plan, committed, is_finished, read_manifest, read_plan
 from fruitray.config import ScoreConfig, to_json
@@ -84,6 +84,7 @@ def _left(out: Storage) -> tuple[dict[str, int], list[ObjectRef]]:
 
 def _open_output(config: ScoreConfig) -> Storage:
     out = open_output(config.out)
+    require_alone(out, "score")
     for place in config.images:
         images = open_storage(place)
         out = open_output(config.out, images)

@@ -49,7 +49,7 @@ from fruitray.package import DESCRIPTION, load_package
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.sheet import write_sheet
 from fruitray.steps import use_threads
-from fruitray.storage import Storage, open_storage
+from fruitray.storage import Storage, open_storage, require_answer
 from fruitray.tracking import Tracking, tracking
 
 FAILURES = 3
@@ -60,6 +60,7 @@ SHEET_PHOTOS, SHEET_SIDE = 3, 96
 
 def run(config: TrainConfig) -> str:
     """Train, or resume, and write the package; show its evaluation. A finished package is left as it is."""
+    require_answer(index_place(config.index)[0])
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "train", config, index.sha256)

@@ -35,10 +35,11 @@ cat > s3.json << END
                  "actions": ["Admin", "Read", "List", "Tagging", "Write"]}]}
 END
 cat > environment << END
+unset AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_PROFILE AWS_DEFAULT_PROFILE AWS_ENDPOINT_URL_S3 RAY_AUTH_TOKEN
 export AWS_ACCESS_KEY_ID=$access AWS_SECRET_ACCESS_KEY=$secret AWS_REGION=us-east-1 AWS_DEFAULT_REGION=us-east-1
 export AWS_ENDPOINT_URL=http://$host:$s3 AWS_EC2_METADATA_DISABLED=true
 export NO_PROXY=\${NO_PROXY:+\$NO_PROXY,}$host no_proxy=\${no_proxy:+\$no_proxy,}$host
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/token RAY_USAGE_STATS_ENABLED=0
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$(printf %q "$PWD/token") RAY_USAGE_STATS_ENABLED=0
 export RAY_ADDRESS=$host:$gcs RAY_API_SERVER_ADDRESS=http://$host:$dashboard
 END
 . ./environment
@@ -79,7 +80,7 @@ until RAY_ADDRESS=http://$host:$dashboard ray job list > /dev/null 2>&1; do
     kill -0 $ray 2> /dev/null || { echo "start.sh: Ray did not start; see $PWD/ray.log" >&2; exit 1; }
     sleep 0.5
 done
-echo "start.sh: ready; s3://$bucket is there. In another terminal: . $PWD/environment"
+echo "start.sh: ready; s3://$bucket is there. In another terminal: . $(printf %q "$PWD/environment")"
 wait -n
 echo "start.sh: one of the two ended; see $PWD/ray.log and s3.log" >&2
 exit 1

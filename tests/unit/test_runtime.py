@@ -7,8 +7,8 @@ import pytest
 import ray
 
 from fruitray.cluster.placement import GROWS, require_room
-from fruitray.cluster.runtime import claim, open_output
-from fruitray.config import TrainConfig
+from fruitray.cluster.runtime import claim, open_output, require_ours
+from fruitray.config import TrainConfig, TuneConfig
 from fruitray.errors import OutputConflictError, UsageError
 from fruitray.storage import LocalStorage
 
@@ -62,3 +62,10 @@ def test_an_output_may_not_lie_inside_the_photos_by_any_name(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="must not lie inside"):
         open_output(str(tmp_path), LocalStorage("/"))
     open_output(str(tmp_path / "photos-index"), LocalStorage(str(tmp_path / "photos")))
+
+
+def test_one_folder_holds_the_output_of_one_job(tmp_path: Path) -> None:
+    out = LocalStorage(str(tmp_path))
+    claim(out, "train", TrainConfig(index="i", out=str(tmp_path)), "a")
+    with pytest.raises(OutputConflictError, match=r"train\.json: is another job's"):
+        require_ours(out, "tune", TuneConfig(index="i", out=str(tmp_path)), "a")
