@@ -203,7 +203,7 @@ def quick_gradients(device: torch.device) -> contextlib.AbstractContextManager[A
 
 
 def compiled(module: nn.Module, **options: Any) -> Any:
-    """`torch.compile` of it, to one graph: what the device is fast at is a constant there."""
+    """`torch.compile` of a classifier, or a part of it, to one graph: what `fast_in_bfloat16` says is constant."""
     constant: Any = torch.compiler.assume_constant_result
     constant(fast_in_bfloat16)  # not as a decorator, which would load the compiler into every process
     return torch.compile(module, **options)

@@ -54,7 +54,7 @@ def decoded_photos(storage: Storage, entries: Sequence[Entry], preprocessing: Pr
 
     Raises:
         OutputConflictError: a photo is no longer what the index says.
-        UsageError: the folder for the file cannot be used, or the file, which is another's.
+        UsageError: the folder for the file cannot be used, or the file, which another user made.
         TryAgainError: its disk is full.
     """
     photos = [(entry.key, entry.etag) for entry in entries]

@@ -207,7 +207,7 @@ def _padded(compute: Callable[[torch.Tensor], Outputs], batch: int) -> Callable[
     def padded(photos: torch.Tensor) -> Outputs:
         nonlocal most
         if len(photos) > most:
-            raise torch.OutOfMemoryError  # as it was before
+            raise torch.OutOfMemoryError  # as it did when there were so many
         while True:
             missing = most - len(photos)
             try:
@@ -215,9 +215,10 @@ def _padded(compute: Callable[[torch.Tensor], Outputs], batch: int) -> Callable[
                     logits, embeddings = compute(F.pad(photos, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else photos)
                 return logits[: len(photos)], embeddings[: len(photos)]
             except torch.OutOfMemoryError:
-                most = max(1, most // 2, len(photos) if missing else 0)
                 if not missing:
+                    most = max(1, most // 2)
                     raise
+                most = max(len(photos), most // 2)
 
     return padded
 

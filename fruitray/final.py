@@ -15,7 +15,7 @@ from fruitray.evaluation import Evaluation, evaluate_recipe
 from fruitray.fit import Epoch
 from fruitray.index import Index
 from fruitray.metrics import summary
-from fruitray.package import DESCRIPTION, Package, read_description, read_file, save_package
+from fruitray.package import Package, is_whole, read_description, read_file, save_package
 from fruitray.recipe import Recipe
 from fruitray.storage import Storage
 from fruitray.tables import field, parquet
@@ -88,7 +88,7 @@ def write_final(
         "predictions.parquet": parquet(predictions),
         CARD: model_card(recipe.model, model_config, facts, evaluation, out.uri).encode(),
     }
-    if out.exists(DESCRIPTION):  # by a worker that was thought lost, or another driver's: whoever was first
+    if is_whole(out):  # by a worker that was thought lost, or another driver's: whoever was first
         return
     save_package(out, recipe.model, model_config, index.classes, facts, inference=evaluation.inference, files=files)
 

@@ -79,10 +79,12 @@ def fit_with_pauses(
     reduce: Reduce = lambda tensor: tensor,
     wrap: Wrap = lambda module: module,
     due: Callable[[], bool] = lambda: False,
+    parts: int = 1,
     resume: dict[str, Any] | None = None,
 ) -> Iterator[Epoch | Pause]:
     """Train `module` (inputs -> logits) on `device`, where it must be already, yielding after each epoch, and within
-    one where any worker finds a pause `due`; when exhausted, it holds the best epoch's weights.
+    one where any worker finds a pause `due`; when exhausted, it holds the best epoch's weights. Each step is computed
+    in so many `parts` at least: memory is known to be too small for fewer.
 
     Best is the highest validation accuracy, then the lowest validation loss; training stops after `config.patience`
     epochs without a better one, those of the head alone not counted. `config.learning_rate` must be given.
@@ -92,6 +94,7 @@ def fit_with_pauses(
     """
     prepare(device, config)
     run = Run(module, train, config, device, reduce, wrap)
+    run.parts = max(run.parts, parts)
     best: dict[str, Any] = {"number": 0, "predictions": None, "score": (-1.0, 0.0), "weights": None}
     number, done, total = 0, 0, 0.0  # epochs, and steps in the next one with the sum of their losses
     if resume:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fruitray.errors import LeakError, NoInputError, NotFoundError, OutputConflictError
+from fruitray.errors import LeakError, NoInputError, NotFoundError, OutputConflictError, TryAgainError
 from fruitray.facts import THUMBNAIL, VERSION
 from fruitray.images import PASSING
 from fruitray.storage import Entry, Storage, open_file, open_storage
@@ -110,11 +110,24 @@ class Index:
         return entries, [number[label] for label in table["label"].to_pylist()]
 
 
-def write_index(storage: Storage, table: pa.Table, images: str) -> None:
-    """Write `table` (`SCHEMA`), sorted by URI, as `index.parquet` into `storage`; the same rows give the same bytes."""
+def standing_hash(storage: Storage) -> str:
+    """SHA-256 of the index in `storage`; empty where there is none."""
+    return hashlib.sha256(storage.read(FILE)).hexdigest() if storage.exists(FILE) else ""
+
+
+def write_index(storage: Storage, table: pa.Table, images: str, *, instead_of: str | None = None) -> None:
+    """Write `table` (`SCHEMA`), sorted by URI, as `index.parquet` into `storage`; the same rows give the same bytes.
+
+    Raises:
+        TryAgainError: the index that stands there is neither this nor the one of the hash `instead_of`, if given: its
+            splits would not stand.
+    """
     metadata = {"fruitray": json.dumps({"images": images, "version": VERSION})}
     rows = table.select(SCHEMA.names).sort_by("uri")
-    storage.write(FILE, parquet(rows.cast(SCHEMA.with_metadata(metadata))))
+    data = parquet(rows.cast(SCHEMA.with_metadata(metadata)))
+    if instead_of is not None and standing_hash(storage) not in (instead_of, hashlib.sha256(data).hexdigest()):
+        raise TryAgainError(storage.uri_of(FILE), "another prepare has written it meanwhile")
+    storage.write(FILE, data)
 
 
 def known_facts(earlier: Index, images: Storage, entries: Sequence[Entry]) -> tuple[pa.Table, list[Entry]]:

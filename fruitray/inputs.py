@@ -115,7 +115,6 @@ def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
 def _of_list(storage: Storage, key: str) -> pa.Table:
     table = _read(storage.uri_of(key), storage.read(key))
     chunks = [table.slice(start, _CHUNK) for start in range(0, table.num_rows, _CHUNK)]
-    shared = _shared_folder({root for chunk in chunks for root, _ in _places(storage, chunk)})
     storages: dict[str, Storage] = {}
     lacking: set[str] = set()
 
@@ -130,13 +129,17 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
             raise
         except StorageError:
             lacking.add(root)
-            return Entry(key, size or 0, etag)  # its row will say
+            seen = (
+                "" if isinstance(storages[root], LocalStorage) else etag
+            )  # none: else its folder is thought unmounted
+            return Entry(key, size or 0, seen)  # its row will say
         return Entry(key, found.size, etag or found.etag, found.kind)
 
     tables = [INPUTS.empty_table()]
     with ThreadPoolExecutor(16) as pool:
         for chunk in chunks:
-            places = [_below(shared, *place) for place in _places(storage, chunk)]
+            names = chunk["uri"].to_pylist()
+            places = [_place(name if "://" in name or os.path.isabs(name) else storage.uri_of(name)) for name in names]
             storages |= {root: open_storage(root) for root in {root for root, _ in places} - storages.keys()}
             found = pool.map(look, places, chunk["bytes"].to_pylist(), chunk["etag"].to_pylist())
             roots = [root for root, _ in places]
@@ -173,24 +176,6 @@ def _read_csv(file: io.BytesIO) -> pa.Table:
 _COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
 _AS_IS = pyarrow.csv.ConvertOptions(column_types=_COLUMNS, strings_can_be_null=True, null_values=[""])
 """Else 001 would be read as 1."""
-
-
-def _places(storage: Storage, chunk: pa.Table) -> list[tuple[str, str]]:
-    names = chunk["uri"].to_pylist()
-    return [_place(name if "://" in name or os.path.isabs(name) else storage.uri_of(name)) for name in names]
-
-
-def _shared_folder(roots: Iterable[str]) -> str:
-    """The deepest folder that all local ones of `roots` lie in, which tells who cannot see any of their files from who
-    misses one; `/`: there is none."""
-    local = [root for root in roots if "://" not in root]
-    return os.path.commonpath(local) if local else "/"
-
-
-def _below(shared: str, root: str, key: str) -> tuple[str, str]:
-    if "://" in root or shared == "/":
-        return root, key
-    return shared, f"{root}/{key}"[len(shared) + 1 :]
 
 
 def _place(uri: str) -> tuple[str, str]:

@@ -71,6 +71,15 @@ def save_package(
     storage.write(DESCRIPTION, json.dumps(description, indent=2, sort_keys=True).encode())
 
 
+def is_whole(storage: Storage) -> bool:
+    """Whether there is a package in `storage` that can be loaded."""
+    try:
+        load_package(storage.uri)
+    except ModelRejectedError:
+        return False
+    return True
+
+
 def read_description(storage: Storage) -> tuple[dict[str, Any], str]:
     """What `package.json` says, and its SHA-256, the model id.
 

@@ -30,9 +30,9 @@ from fruitray.cluster.runtime import (
 )
 from fruitray.config import PrepareConfig
 from fruitray.console import SHOWN, progress, say, show_table
-from fruitray.errors import NoInputError, TryAgainError, UsageError
+from fruitray.errors import NoInputError, UsageError
 from fruitray.images import is_hidden, list_images
-from fruitray.index import FACTS, FILE, Index, known_facts, read_index, write_index
+from fruitray.index import FACTS, FILE, Index, known_facts, read_index, standing_hash, write_index
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
 from fruitray.split import decide, require_splits
@@ -71,14 +71,12 @@ def run(config: PrepareConfig) -> str:
     return f"prepare: {found['files']:,} photos indexed in {out.uri_of(FILE)}"
 
 
-def _earlier(config: PrepareConfig) -> tuple[Index | None, str]:
-    """The index to go on from, the one that stands in --out, else the one that --previous names; and the hash of what
-    stands in --out."""
+def _earlier(config: PrepareConfig) -> Index | None:
+    """The index to go on from: the one that stands in --out, else the one that --previous names."""
     out = open_output(config.out)
     if out.exists(FILE):
-        standing = read_index(out.uri)
-        return standing, standing.sha256
-    return read_index(config.previous) if config.previous else None, ""
+        return read_index(out.uri)
+    return read_index(config.previous) if config.previous else None
 
 
 def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, int]]:
@@ -101,7 +99,7 @@ def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | tuple[p
     """The earlier index, with the hash of what stands in --out; what is known of files; how many others are to be read,
     and how many hidden; those to read, in chunks."""
     require_ours(open_output(config.out), "prepare", config)
-    images, (earlier, standing) = open_input(config.images), _earlier(config)
+    images, standing, earlier = open_input(config.images), standing_hash(open_output(config.out)), _earlier(config)
     entries, skipped = list_images(images)
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
     yield earlier.table if earlier else None, standing
@@ -137,9 +135,7 @@ def _finish(
     try:
         require_splits(table, config, earlier=earlier is not None)
         claim(out, "prepare", config)
-        if _earlier(config)[1] != standing:  # whose splits would not stand
-            raise TryAgainError(out.uri_of(FILE), "another prepare has written it meanwhile")
-        write_index(out, table, images.uri)
+        write_index(out, table, images.uri, instead_of=standing)
     except UsageError as error:
         found["refused"] = error.message
     out.write("audit.json", json.dumps(found, indent=2).encode())

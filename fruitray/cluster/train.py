@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -35,7 +35,6 @@ from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
 from fruitray.errors import (
     GpuFullError,
-    ModelRejectedError,
     OutputConflictError,
     TryAgainError,
     find,
@@ -45,7 +44,7 @@ from fruitray.errors import (
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
-from fruitray.package import DESCRIPTION, load_package
+from fruitray.package import DESCRIPTION, is_whole, load_package
 from fruitray.recipe import Recipe, make_recipe
 from fruitray.sheet import write_sheet
 from fruitray.steps import use_threads
@@ -70,9 +69,7 @@ def run(config: TrainConfig) -> str:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
         connect()
         return preflight("train", reads, config.out, workers=config.workers, **_share(config), disk=size)
-    if out.exists(DESCRIPTION) and _is_mixed(out):
-        out.delete(DESCRIPTION)
-    if out.exists(DESCRIPTION):
+    if out.exists(DESCRIPTION) and not _can_be_mended(out):
         status.mend(out)
     else:
         initial = initial_model(out, config.model, index.classes, config.fit.seed)
@@ -94,17 +91,12 @@ def run(config: TrainConfig) -> str:
     return f"train: {config.model.backbone} model package {model_id[:12]} in {out.uri}"
 
 
-def _is_mixed(out: Storage) -> bool:
-    """Whether the package is not whole while there are checkpoints still, as where two wrote it at once: it can be
-    written again."""
-    if next(committed_checkpoints(out), None) is None:
-        return False
-    try:
-        load_package(out.uri)
-    except ModelRejectedError as error:
-        say(f"train: {error}; writing it again")
-        return True
-    return False
+def _can_be_mended(out: Storage) -> bool:
+    """Whether the package is broken, as where two wrote it at once, and checkpoints are left to write it from again."""
+    broken = next(committed_checkpoints(out), None) is not None and not is_whole(out)
+    if broken:
+        say(f"train: the package in {out.uri} is not whole; writing it again")
+    return broken
 
 
 def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
@@ -129,7 +121,7 @@ def _train(config: TrainConfig, out: Storage, given: dict[str, Any]) -> None:
                 waiting = True
                 continue
             waiting = False
-            if out.exists(DESCRIPTION):
+            if is_whole(out):
                 return  # they had done all
             full, ours = find(error, torch.OutOfMemoryError), find_ours(error)
             died = find(error, RayActorError) or find(error, WorkerGroupStartupFailedError)
@@ -211,7 +203,7 @@ def _work(job: dict[str, Any]) -> None:
     with tracking(out, config, rank=rank, warn=say) as track:
         keeper = Keeper(out, 60 * config["checkpoint_minutes"])
         resume = _resume(out, rank)
-        history = _fit(recipe, replace(fit_config, accumulate=job["parts"]), keeper, resume, track)
+        history = _fit(recipe, fit_config, job["parts"], keeper, resume, track)
         track.finish(best_row(history))
     if rank == 0:
         write_final(out, config, recipe, index, initial, history, device)
@@ -220,6 +212,7 @@ def _work(job: dict[str, Any]) -> None:
 def _fit(
     recipe: Recipe,
     config: FitConfig,
+    parts: int,
     keeper: Keeper,
     resume: dict[str, Any] | None,
     track: Tracking,
@@ -236,6 +229,7 @@ def _fit(
         reduce=_itself if alone else _sum_over_workers,
         wrap=_itself if alone else Synchronised,
         due=keeper.due if rank == 0 else lambda: False,
+        parts=parts,
         resume=resume,
     ):
         if isinstance(moment, Epoch):

@@ -139,11 +139,12 @@ def test_what_another_prepare_has_written_meanwhile_is_not_overwritten(
     config = PrepareConfig(images=str(prepared / "raw"), out=str(out))
     before, known, *_ = _list(replace(config, previous=str(prepared / "index")))
     out.mkdir()
-    shutil.copy(prepared / "index" / "index.parquet", out)
-    standing = (out / "index.parquet").read_bytes()
+    (out / "index.parquet").write_bytes(b"another's")
     with pytest.raises(TryAgainError, match="another prepare"):
         _finish(config, before, [known], {"read": 0, "skipped_hidden": 0})
-    assert (out / "index.parquet").read_bytes() == standing
+    assert (out / "index.parquet").read_bytes() == b"another's"
+    shutil.copy(prepared / "index" / "index.parquet", out)
+    _finish(config, before, [known], {"read": 0, "skipped_hidden": 0})  # as when its worker died after it had written
 
 
 def test_an_earlier_index_elsewhere_spares_the_reading(prepared: Path, tmp_path: Path, cluster: Cluster) -> None:

@@ -78,16 +78,16 @@ def test_a_worker_that_cannot_see_the_photos_does_not_call_them_gone(tmp_path: P
         Scorer(config, "eager", cpus=1).score(shard)
 
 
-def test_the_last_photo_of_a_folder_that_a_list_names_costs_its_own_row_alone(tmp_path: Path) -> None:
+def test_a_photo_whose_folder_was_gone_when_it_was_planned_costs_its_own_row_alone(tmp_path: Path) -> None:
     save_untrained(str(tmp_path / "model"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(_good_photo())
-    (tmp_path / "some.csv").write_text("uri\na/1.jpg\nb/1.jpg\n")
+    (tmp_path / "some.csv").write_text("uri,etag,bytes\na/1.jpg,,\nb/1.jpg,seen,3\n")
+    shutil.rmtree(tmp_path / "b")
     images = (str(tmp_path / "some.csv"),)
     config = ScoreConfig(package=str(tmp_path / "model"), images=images, out=str(tmp_path / "out"), dry_run=True)
     shard = list_inputs(images)[0].append_column("part", pa.array(["0", "0"]))
-    shutil.rmtree(tmp_path / "b")
     assert Scorer(config, "eager", cpus=1).score(shard)["errors"].to_pylist() == [1]
 
 

@@ -178,11 +178,11 @@ def test_a_package_that_two_wrote_at_once_is_written_again_while_there_are_check
     out = LocalStorage(str(tmp_path))
     save_untrained(out.uri)
     save_checkpoint(out, {"number": 1, "step": 0})
-    assert not train._is_mixed(out)
+    assert not train._can_be_mended(out)
     out.write("model.safetensors", b"another's")
-    assert train._is_mixed(out)
+    assert train._can_be_mended(out)
     delete_checkpoints(out)
-    assert not train._is_mixed(out), "nothing is left to write it from"
+    assert not train._can_be_mended(out), "nothing is left to write it from"
 
 
 def test_a_package_that_was_copied_there_is_not_taken_for_the_trained_one(tmp_path: Path) -> None:

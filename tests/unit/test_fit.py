@@ -298,6 +298,12 @@ def test_a_lone_photo_before_batch_norm_is_told() -> None:
         list(training(module, replace(PLAIN, batch_size=2), train=lonely))
 
 
+def test_parts_that_were_asked_for_by_who_knows_the_memory_are_no_fault_of_the_batch_size() -> None:
+    assert next(training(network(), parts=4)).parts == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        list(training(nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), parts=PLAIN.batch_size))
+
+
 def test_photos_that_fit_only_one_by_one_are_too_many_before_batch_norm() -> None:
     class Small(nn.Sequential):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
