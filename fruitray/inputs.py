@@ -120,19 +120,18 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
 
     def look(place: tuple[str, str], size: int | None, etag: str | None) -> Entry:
         root, key = place
-        etag = (etag or "").strip('"')
-        if size is not None and etag and not isinstance(storages[root], LocalStorage):
+        etag, local = (etag or "").strip('"'), isinstance(storages[root], LocalStorage)
+        if size is not None and etag and not local:
             return Entry(key, size, etag)
         try:
             found = storages[root].stat(key)
         except (CredentialsError, EndpointError):
             raise
         except StorageError:
+            if local:
+                return Entry(key, size or 0, "")  # of a version that was seen, its folder would be thought unmounted
             lacking.add(root)
-            seen = (
-                "" if isinstance(storages[root], LocalStorage) else etag
-            )  # none: else its folder is thought unmounted
-            return Entry(key, size or 0, seen)  # its row will say
+            return Entry(key, size or 0, etag)  # its row will say
         return Entry(key, found.size, etag or found.etag, found.kind)
 
     tables = [INPUTS.empty_table()]
@@ -144,9 +143,9 @@ def _of_list(storage: Storage, key: str) -> pa.Table:
             found = pool.map(look, places, chunk["bytes"].to_pylist(), chunk["etag"].to_pylist())
             roots = [root for root, _ in places]
             tables.append(_table(zip(roots, found, chunk["label"].to_pylist(), strict=True)))
-    for bucket in (storages[root] for root in lacking if not isinstance(storages[root], LocalStorage)):
-        with suppress(AccessDeniedError):  # some may be read but not listed
-            bucket.check()
+    for root in lacking:
+        with suppress(AccessDeniedError):  # some buckets may be read but not listed
+            storages[root].check()
     return pa.concat_tables(tables)
 
 

@@ -98,8 +98,9 @@ def _look(config: PrepareConfig) -> tuple[ObjectRef, list[ObjectRef], dict[str, 
 def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | tuple[pa.Table | None, str]]:
     """The earlier index, with the hash of what stands in --out; what is known of files; how many others are to be read,
     and how many hidden; those to read, in chunks."""
-    require_ours(open_output(config.out), "prepare", config)
-    images, standing, earlier = open_input(config.images), standing_hash(open_output(config.out)), _earlier(config)
+    out = open_output(config.out)
+    require_ours(out, "prepare", config)
+    images, standing, earlier = open_input(config.images), standing_hash(out), _earlier(config)
     entries, skipped = list_images(images)
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
     yield earlier.table if earlier else None, standing

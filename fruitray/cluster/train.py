@@ -33,14 +33,7 @@ from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
-from fruitray.errors import (
-    GpuFullError,
-    OutputConflictError,
-    TryAgainError,
-    find,
-    find_ours,
-    one_line,
-)
+from fruitray.errors import GpuFullError, OutputConflictError, TryAgainError, find, find_ours, one_line
 from fruitray.final import best_row, history_row, show_final, write_final
 from fruitray.fit import Epoch, fit_with_pauses
 from fruitray.index import index_place, read_index
