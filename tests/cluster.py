@@ -1,5 +1,6 @@
 """A real Ray cluster for the tests, as a person starts one (`ray start --head`), and jobs run on it as processes."""
 
+import json
 import os
 import secrets
 import subprocess
@@ -53,6 +54,14 @@ class Cluster:
         """`python -m jobs.JOB arguments` in `folder`, a driver of its own session; a `page` takes seconds."""
         quick = ("--no-report",) if job in DRAWING and not page else ()
         return self._start(["-m", f"jobs.{job}", *arguments, *quick], folder, environment)
+
+    def run_each(self, job: str, *runs: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+        """(what each run said at its end, all they printed) of a job, time after time in one process, without pages."""
+        code, printed = end_of(
+            self.start_program(_EACH, job, json.dumps([[*run, "--no-report", "--json"] for run in runs]))
+        )
+        assert code == 0, printed
+        return [json.loads(line) for line in printed.splitlines() if line.startswith("{")], printed
 
     def start_program(self, program: str, *arguments: str) -> subprocess.Popen[str]:
         """A driver that is no job of ours: `python -c program arguments`."""
@@ -121,6 +130,9 @@ def submit(environment: Mapping[str, str], *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+_EACH = (
+    "import json, sys; from fruitray.cli import run_job; [run_job(sys.argv[1], run) for run in json.loads(sys.argv[2])]"
+)
 _APART = (
     "import ray, sys; from fruitray.cli import run_job; "
     "ray.init(address='local', num_cpus=int(sys.argv[1]), object_store_memory=500_000_000, _temp_dir=sys.argv[2], "

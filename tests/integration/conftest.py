@@ -17,9 +17,10 @@ from fruitray.index import Index, read_index, write_index
 from fruitray.package import save_package
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
-from fruitray.synthetic import LABELS, draw, photo_set
+from fruitray.synthetic import LABELS, draw
 from tests.cluster import Cluster, Nodes, ray_head
 from tests.conftest import new_bucket
+from tests.unit.photos import sixty
 from tests.unit.runs import jpeg, spread
 
 
@@ -36,7 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def drawn(s3: S3Server, cluster: Cluster) -> tuple[dict[str, bytes], Index]:
     """60 photos by key, and what `prepare` says of them."""
-    photos = photo_set(20)
+    photos = sixty()
     with pytest.MonkeyPatch.context() as environment:
         root = f"s3://{new_bucket(s3, environment)}"
         _write(f"{root}/raw", photos)
@@ -102,7 +103,7 @@ def score_arguments(root: str, out: str) -> list[str]:
 def fill_scorable(root: str) -> None:
     """Write a package, and `SCORED` photos of three classes, some of them corrupt, one of them large."""
     save_untrained(f"{root}/model")
-    raw, photos = open_storage(f"{root}/raw"), list(photo_set(20).items())
+    raw, photos = open_storage(f"{root}/raw"), list(sixty().items())
     raw.write("cherry/large.jpg", jpeg(draw("cherry", 0, LARGE)))
     for number in range(1, SCORED):
         key, data = photos[number % len(photos)]

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fruitray.s3server import S3Server
 from fruitray.storage import Storage, open_storage
-from fruitray.synthetic import photo_set
 from tests.cluster import Cluster, end_of, wait_for
 from tests.conftest import new_bucket
+from tests.unit.photos import sixty
 
 BLOCK = 128
 COPIES = 16
@@ -29,7 +31,7 @@ def indexed(s3: S3Server, cluster: Cluster) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         root = f"s3://{new_bucket(s3, environment)}"
         bucket = open_storage(root)
-        drawn = [(Path(key), data) for key, data in photo_set(20).items()]
+        drawn = [(Path(key), data) for key, data in sixty().items()]
         files = [(f"raw/{key.parent}/{copy}-{key.name}", data) for key, data in drawn for copy in range(COPIES)]
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda file: bucket.write(*file), files))
@@ -70,18 +72,28 @@ def embedded(printed: str) -> int:
 
 
 def test_a_killed_job_loses_only_the_blocks_in_progress(cluster: Cluster, place: str, weights: Path) -> None:
+    """Run again, it ranks every label, and draws a policy."""
     command, beside = probe(place, weights), open_storage(f"{place}/index")
+    index = beside.read("index.parquet")
     job = cluster.start("prepare", *command)
     wait_for(lambda: len(kept(beside)) >= 3, job)
     os.killpg(job.pid, signal.SIGKILL)
     end_of(job)
     there = kept(beside)
     assert 0 < sum(there.values()) < USED - 2 * BLOCK
-    code, printed = cluster.run("prepare", *command)
+    code, printed = cluster.run("prepare", *command, "--show-augment", "3", "--augment", "report+cutmix")
     assert code == 0, printed
     spared = USED - embedded(printed)
     assert sum(there.values()) <= spared <= sum(there.values()) + 2 * BLOCK, "two workers may have ended a block each"
     assert sum(kept(beside).values()) == USED
+    assert "the probe agrees with" in printed
+    suspects, used = (pq.read_table(io.BytesIO(data)) for data in (beside.read("suspects.parquet"), index))
+    used = used.filter(pc.field("split").is_valid())
+    assert sorted(suspects["uri"].to_pylist()) == used["uri"].to_pylist()
+    assert suspects["rank"].to_pylist() == list(range(1, USED + 1))
+    with Image.open(io.BytesIO(beside.read("augment.png"))) as sheet:
+        assert sheet.size == (9 * 162, 3 * 162)
+    assert beside.read("index.parquet") == index
 
 
 @pytest.mark.chaos

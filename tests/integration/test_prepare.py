@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +12,18 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 import ray
-from PIL import Image
 
+from fruitray.cli import run_job
 from fruitray.cluster.prepare import _finish, _list
 from fruitray.config import PrepareConfig
 from fruitray.errors import TryAgainError
-from fruitray.storage import open_storage
+from fruitray.index import Index
 from fruitray.synthetic import LABELS, photo_set
 from tests.cluster import Cluster, end_of
+from tests.unit.photos import sixty
 
-PHOTOS = photo_set(30)
-"""90 drawn photos, two of them corrupt."""
+PHOTOS = sixty()
+"""60 drawn photos, two of them corrupt."""
 
 
 def write(root: Path, photos: dict[str, bytes]) -> None:
@@ -58,6 +58,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path
     return folder
 
 
+@pytest.mark.chaos
 def test_one_worker_and_four_write_the_same_index(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
     """Of so many photos that there are several tasks."""
     write(raw, photo_set(120))
@@ -71,14 +72,11 @@ def test_one_worker_and_four_write_the_same_index(raw: Path, tmp_path: Path, clu
     assert written[0] == written[1]
 
 
-def test_a_bucket_gets_the_index_of_the_folder(prepared: Path, tmp_path: Path, cluster: Cluster, aws: str) -> None:
-    bucket = open_storage(f"s3://{aws}/raw")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda item: bucket.write(*item), PHOTOS.items()))
-    prepare(cluster, f"s3://{aws}/raw", f"s3://{aws}/index")
-    (tmp_path / "index.parquet").write_bytes(open_storage(f"s3://{aws}/index").read("index.parquet"))
-    folder, copy = (index(place).drop_columns(["uri", "etag"]) for place in (prepared / "index", tmp_path))
-    assert folder.equals(copy)
+def test_a_bucket_gets_the_index_of_the_folder(prepared: Path, drawn: tuple[dict[str, bytes], Index]) -> None:
+    photos, of_bucket = drawn
+    assert photos == PHOTOS
+    folder, bucket = (table.drop_columns(["uri", "etag"]) for table in (index(prepared / "index"), of_bucket.table))
+    assert folder.equals(bucket)
 
 
 def test_a_grown_folder_keeps_every_split_and_reads_new_files_only(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
@@ -89,11 +87,11 @@ def test_a_grown_folder_keeps_every_split_and_reads_new_files_only(raw: Path, tm
         status = path.stat()
         path.write_bytes(bytes(status.st_size))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    write(raw, {f"{key}.new": data for key, data in photo_set(33).items() if key not in PHOTOS})
+    write(raw, {f"{key}.new": data for key, data in photo_set(8, seed=1).items()})
     printed = prepare(cluster, raw, out, "--folds", "3")
     after = index(out)
     new = after.num_rows - before.num_rows
-    assert 0 < new <= 12
+    assert new == 24
     assert f"{after.num_rows} files, {new} read now" in printed
     old = after.filter(pa.array([not uri.endswith(".new") for uri in after["uri"].to_pylist()]))
     assert old.drop_columns(["odd"]).equals(before.drop_columns(["odd"]))
@@ -103,19 +101,17 @@ def test_a_grown_folder_keeps_every_split_and_reads_new_files_only(raw: Path, tm
     assert index(out).equals(after)
 
 
-@pytest.mark.parametrize(
-    ("options", "exit_code", "said"),
-    [
-        (("--previous", "nowhere"), 6, "nowhere/index.parquet"),
-        (("--probe", "efficientnet_b99"), 2, "efficientnet_b99"),
-        (("--probe", "mobilenet_v2", "--weights", "nowhere"), 6, "nowhere/mobilenet_v2.safetensors"),
-    ],
-)
-def test_a_request_that_makes_no_sense_fails_before_a_photo_is_read(
-    raw: Path, tmp_path: Path, cluster: Cluster, options: tuple[str, ...], exit_code: int, said: str
-) -> None:
-    code, printed = cluster.run("prepare", "--images", str(raw), "--out", str(tmp_path / "index"), *options)
-    assert (code, said in printed, "photos/s" in printed) == (exit_code, True, False), printed
+def test_requests_that_make_no_sense_fail_before_a_photo_is_read(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
+    asked = {
+        ("--previous", "nowhere"): (6, "nowhere/index.parquet"),
+        ("--probe", "efficientnet_b99"): (2, "efficientnet_b99"),
+        ("--probe", "mobilenet_v2", "--weights", "nowhere"): (6, "nowhere/mobilenet_v2.safetensors"),
+    }
+    places = ("--images", str(raw), "--out", str(tmp_path / "index"))
+    ended, printed = cluster.run_each("prepare", *([*places, *options] for options in asked))
+    for end, (exit_code, said) in zip(ended, asked.values(), strict=True):
+        assert (end["exit_code"], said in end["said"]) == (exit_code, True), end
+    assert "photos/s" not in printed
     assert not (tmp_path / "index").exists()
 
 
@@ -123,69 +119,45 @@ def test_a_class_of_unreadable_photos_is_refused_and_the_audit_kept(
     raw: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
     write(raw, {f"kiwi/{number}.jpg": b"no photo" for number in range(3)})
+    victim = next(key for key in sorted(PHOTOS) if key.startswith(LABELS[0]))
+    shutil.copy(raw / victim, raw / LABELS[1] / "wrong.jpg")
     code, printed = cluster.run("prepare", "--images", str(raw), "--out", str(tmp_path / "index"))
     assert (code, "kiwi: 0 train + 0 val, 3 not usable" in printed, "E_NOT_IMAGE" in printed) == (2, True, True)
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["audit.json", "status.json"]
+    audit = json.loads((tmp_path / "index" / "audit.json").read_text())
+    assert {Path(row["uri"]).name for row in audit["conflicts"]} == {Path(victim).name, "wrong.jpg"}
+    for said in ("2 left out as they lie in two classes", "groups of duplicates", "photos by size"):
+        assert said in printed
     told = json.loads((tmp_path / "index" / "status.json").read_text())
     assert (told["job"], told["state"], told["exit_code"]) == ("prepare", "failed", 2)
     assert told["said"] in printed
 
 
-def test_what_another_prepare_has_written_meanwhile_is_not_overwritten(
+def test_an_earlier_index_elsewhere_spares_the_reading_and_what_another_has_written_stays(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "get", lambda tables: tables)
     out = tmp_path / "index"
     config = PrepareConfig(images=str(prepared / "raw"), out=str(out))
-    before, known, *_ = _list(replace(config, previous=str(prepared / "index")))
-    out.mkdir()
+    before, known, counts = _list(replace(config, previous=str(prepared / "index")))
+    assert counts["read"] == 0
+    _finish(config, before, [known], counts)
+    assert index(out).equals(index(prepared / "index"))
     (out / "index.parquet").write_bytes(b"another's")
     with pytest.raises(TryAgainError, match="another prepare"):
-        _finish(config, before, [known], {"read": 0, "skipped_hidden": 0})
+        _finish(config, before, [known], counts)
     assert (out / "index.parquet").read_bytes() == b"another's"
     shutil.copy(prepared / "index" / "index.parquet", out)
-    _finish(config, before, [known], {"read": 0, "skipped_hidden": 0})  # as when its worker died after it had written
+    _finish(config, before, [known], counts)  # as when its worker died after it had written
 
 
-def test_an_earlier_index_elsewhere_spares_the_reading(prepared: Path, tmp_path: Path, cluster: Cluster) -> None:
-    printed = prepare(cluster, prepared / "raw", tmp_path, "--previous", str(prepared / "index"))
-    assert "0 read now" in printed
-    assert index(prepared / "index").equals(index(tmp_path))
-
-
-def test_other_rules_are_refused_where_an_index_stands(prepared: Path, cluster: Cluster) -> None:
+def test_other_rules_are_refused_where_an_index_stands(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ("--images", str(prepared / "raw"), "--out", str(prepared / "index"))
-    code, printed = cluster.run("prepare", *places, "--size", "majority")
-    assert (code, "size 'any', not 'majority'" in printed) == (5, True)
+    assert run_job("prepare", [*places, "--size", "majority"]) == 5
+    assert "size 'any', not 'majority'" in capsys.readouterr().err
 
 
-def test_a_photo_put_into_two_classes_is_left_out_and_listed(raw: Path, tmp_path: Path, cluster: Cluster) -> None:
-    victim = next(key for key in sorted(PHOTOS) if key.startswith(LABELS[0]))
-    shutil.copy(raw / victim, raw / LABELS[1] / "wrong.jpg")
-    printed = prepare(cluster, raw, tmp_path / "index")
-    audit = json.loads((tmp_path / "index" / "audit.json").read_text())
-    assert {Path(row["uri"]).name for row in audit["conflicts"]} == {Path(victim).name, "wrong.jpg"}
-    assert "2 left out as they lie in two classes" in printed
-
-
-def test_a_probe_ranks_every_label_and_a_policy_is_drawn(
-    prepared: Path, tmp_path: Path, cluster: Cluster, weights: Path
-) -> None:
-    out = tmp_path / "index"
-    out.mkdir()
-    shutil.copy(prepared / "index" / "index.parquet", out)
-    before = (out / "index.parquet").read_bytes()
-    probe = ("--probe", "mobilenet_v2", "--weights", str(weights), "--image-size", "64")
-    printed = prepare(cluster, prepared / "raw", out, *probe, "--show-augment", "3", "--augment", "report+cutmix")
-    assert "the probe agrees with" in printed
-    suspects, used = pq.read_table(out / "suspects.parquet"), index(out).filter(pa.compute.field("split").is_valid())
-    assert sorted(suspects["uri"].to_pylist()) == used["uri"].to_pylist()
-    assert suspects["rank"].to_pylist() == list(range(1, used.num_rows + 1))
-    with Image.open(out / "augment.png") as sheet:
-        assert sheet.size == (9 * 162, 3 * 162)
-    assert (out / "index.parquet").read_bytes() == before
-
-
+@pytest.mark.chaos
 def test_flipped_labels_of_real_photos_are_among_the_first_suspects(
     tmp_path: Path, cluster: Cluster, shared_data: Path, shared_weights: Path
 ) -> None:
@@ -207,20 +179,9 @@ def test_flipped_labels_of_real_photos_are_among_the_first_suspects(
     assert len(found) >= 0.8 * len(flipped)
 
 
-def test_the_real_photos_are_known(tmp_path: Path, cluster: Cluster, shared_data: Path) -> None:
-    """The numbers that the photos' README gives."""
+@pytest.mark.chaos
+def test_all_real_photos_are_indexed(tmp_path: Path, cluster: Cluster, shared_data: Path) -> None:
+    """Their numbers are told by `tests/unit/test_split.py`."""
     printed = prepare(cluster, shared_data / "vuw-fruit", tmp_path / "index", "--size", "300x300")
-    audit = json.loads((tmp_path / "index" / "audit.json").read_text())
-    names = ("cherry", "strawberry", "tomato")
-    assert (audit["files"], audit["photos"]) == (4500, 4500)
-    assert audit["sizes"][0] == {"size": "300x300", **dict.fromkeys(names, 1480), "all": 4440}
-    (size,) = (line for line in audit["odd"] if line["odd"] == "size")
-    assert size == {"odd": "size", **dict.fromkeys(names, 20), "all": 60}
-    (grey,) = (line for line in audit["modes"] if line["mode"] == "L")
-    assert grey["all"] == 1
-    (left_out,) = (line for line in audit["excluded"] if line["excluded"] == "size")
-    assert left_out["all"] == 60
-    used = sum(line["train"] + line["val"] for line in audit["classes"])
-    assert used == 4440 - sum(line["all"] for line in audit["excluded"] if line["excluded"] != "size")
     for said in ("4,500 files", "300x300", "groups of duplicates"):
         assert said in printed

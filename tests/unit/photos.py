@@ -4,9 +4,12 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from PIL import Image
+
+from fruitray.synthetic import photo_set
 
 WIDTH, HEIGHT = 32, 24
 # Red grows to the right and green downwards, so every turn and mirroring shows.
@@ -18,6 +21,12 @@ GRADIENT = np.stack(
     axis=-1,
 ).astype(np.uint8)
 PHOTO = Image.fromarray(GRADIENT)
+
+
+@cache
+def sixty() -> dict[str, bytes]:
+    """Drawn photos by key, two of them corrupt; drawing takes seconds."""
+    return photo_set(20)
 
 
 def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fruitray.audit import audit
+from fruitray.audit import audit, summary
 from fruitray.config import PrepareConfig
 from fruitray.errors import UsageError
 from fruitray.images import list_images
@@ -710,12 +710,33 @@ def _look_at(root: str, first: int, last: int) -> list[tuple[Row, bytes]]:
         return list(zip(audit(storage, entries, isolated), seen, strict=True))
 
 
-def test_no_real_photo_has_a_duplicate_on_another_side(shared_data: Path) -> None:
+@pytest.fixture(scope="module")
+def seen(shared_data: Path) -> dict[str, tuple[Row, bytes]]:
+    """Each real photo as `_look_at` sees it, by URI."""
     root, step = str(shared_data / "vuw-fruit"), 500
-    starts = range(0, 4500, step)
+    starts = range(0, 5000, step)
     with ThreadPoolExecutor(2) as pool:
         parts = pool.map(_look_at, [root] * len(starts), starts, [start + step for start in starts])
-        seen = {row["uri"]: (row, grey) for part in parts for row, grey in part}
+        return {row["uri"]: (row, grey) for part in parts for row, grey in part}
+
+
+def test_the_real_photos_are_known(seen: dict[str, tuple[Row, bytes]]) -> None:
+    """The numbers that the photos' README gives."""
+    found = summary(index_of((row for row, _ in seen.values()), size="300x300"))
+    names = ("cherry", "strawberry", "tomato")
+    assert (found["files"], found["photos"]) == (4500, 4500)
+    assert found["sizes"][0] == {"size": "300x300", **dict.fromkeys(names, 1480), "all": 4440}
+    (size,) = (line for line in found["odd"] if line["odd"] == "size")
+    assert size == {"odd": "size", **dict.fromkeys(names, 20), "all": 60}
+    (grey,) = (line for line in found["modes"] if line["mode"] == "L")
+    assert grey["all"] == 1
+    (left_out,) = (line for line in found["excluded"] if line["excluded"] == "size")
+    assert left_out["all"] == 60
+    used = sum(line["train"] + line["val"] for line in found["classes"])
+    assert used == 4440 - sum(line["all"] for line in found["excluded"] if line["excluded"] != "size")
+
+
+def test_no_real_photo_has_a_duplicate_on_another_side(seen: dict[str, tuple[Row, bytes]]) -> None:
     index = index_of((row for row, _ in seen.values()), folds=5).filter(pc.field("split").is_valid())
     assert index.num_rows > 4400
     grey = np.stack([np.frombuffer(seen[uri][1], np.uint8) for uri in index["uri"].to_pylist()]).astype(np.float32)
