@@ -12,20 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fruitray.cli import run_job
+from fruitray.cluster.planner import look
 from fruitray.cluster.scorer import Scorer
 from fruitray.commit import PLAN, verify
 from fruitray.config import ScoreConfig
-from fruitray.errors import ImageError, NotFoundError
+from fruitray.errors import AccessDeniedError, ImageError, NotFoundError
 from fruitray.images import decode
 from fruitray.inputs import list_inputs
 from fruitray.package import load_package
 from fruitray.predictor import Predictor
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
-from fruitray.synthetic import photo_set
 from tests.cluster import Cluster, end_of, wait_for
-from tests.integration.conftest import LARGE, SCORED, fill_scorable, save_untrained, score_arguments
+from tests.integration.conftest import LARGE, SCORED, save_untrained, score_arguments
 from tests.trouble import trouble_before
+from tests.unit.photos import sixty
 from tests.unit.test_bad_input import FILES, HIDDEN, NEVER_OPENED, fill
 
 
@@ -102,34 +104,31 @@ def test_a_list_that_names_a_missing_bucket_is_told_and_one_that_names_a_missing
 
 
 def test_photos_that_may_be_listed_but_not_read_are_told_before_a_plan_is_written(
-    s3: S3Server, cluster: Cluster, aws: str, tmp_path: Path
+    s3: S3Server, aws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_untrained(str(tmp_path / "model"))
     for number in range(5):
         open_storage(f"s3://{aws}/raw").write(f"{number}.jpg", _good_photo())
-    arguments = ("--package", str(tmp_path / "model"), "--images", f"s3://{aws}/raw", "--out", str(tmp_path / "out"))
 
     def forbid(method: str, path: str, _: int) -> str:
         return "denied" if method == "GET" and "/raw/" in path else ""
 
     with trouble_before(s3.endpoint, forbid) as (endpoint, _):
-        code, printed = end_of(cluster.start_apart("score", *arguments, cpus=1, AWS_ENDPOINT_URL=endpoint))
-    assert (code, "listed but not read" in printed, "Traceback" in printed) == (6, True, False), printed
-    assert not (tmp_path / "out" / PLAN).exists()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(AccessDeniedError, match="listed but not read"):
+            next(look(ScoreConfig(package="model", images=(f"s3://{aws}/raw",), out="out"), {}))
 
 
 def test_a_dry_run_says_how_long_it_would_take_and_writes_nothing(cluster: Cluster, scorable: str) -> None:
-    options = ("--workers", "1", "--dry-run", "--cost-per-hour", "3600")
-    code, printed = cluster.run("score", *score_arguments(scorable, "dry"), *options)
-    assert code == 0, printed
-    assert f"{SCORED} photos, " in printed
-    seconds = float(printed.split("would take about ")[1].split(" s")[0])
-    cost = float(printed.split("and cost ")[1].split(",")[0])
-    assert cost == pytest.approx(seconds, abs=0.6)
-    code, printed = cluster.run(
-        "score", *score_arguments(scorable, "dry"), "--dry-run", "--previous", f"{scorable}/calm"
+    asked = [*score_arguments(scorable, "dry"), "--workers", "1", "--dry-run"]
+    ended, printed = cluster.run_each(
+        "score", [*asked, "--cost-per-hour", "3600"], [*asked, "--previous", f"{scorable}/calm"]
     )
-    assert (code, "nothing is left to score" in printed) == (0, True), printed
+    assert [end["exit_code"] for end in ended] == [0, 0], printed
+    assert f"{SCORED} photos, " in printed
+    seconds = float(ended[0]["said"].split("would take about ")[1].split(" s")[0])
+    cost = float(ended[0]["said"].split("and cost ")[1].split(",")[0])
+    assert cost == pytest.approx(seconds, abs=0.6)
+    assert "nothing is left to score" in ended[1]["said"]
     assert list(open_storage(f"{scorable}/dry").list()) == []
 
 
@@ -139,18 +138,20 @@ def test_a_folder_that_has_grown_costs_what_is_new(cluster: Cluster, scorable: s
     open_storage(f"{scorable}/more").write("plum/new one.jpg", _good_photo())
     arguments = [*score_arguments(scorable, "grown"), "--images", f"{scorable}/raw", f"{scorable}/more"]
     arguments += ["--workers", "1", "--previous", f"{scorable}/calm"]
-    code, printed = cluster.run("score", *arguments, "--retry-errors")
-    assert code == 0, printed
+    other = [*arguments, "--out", f"{scorable}/other", "--top-k", "1"]
+    (ended, refused), printed = cluster.run_each("score", [*arguments, "--retry-errors"], other)
+    assert ended["exit_code"] == 0, printed
     assert f"{SCORED - errors} of {SCORED + 1} rows are taken from {scorable}/calm" in printed
     second = _rows(f"{scorable}/grown")
     assert second.pop(f"{scorable}/more/plum/new one.jpg")["status"] == "ok"
     assert second == first
-    code, printed = cluster.run("score", *arguments, "--out", f"{scorable}/other", "--top-k", "1")
-    assert (code, "--previous" in printed, "top_k" in printed) == (2, True, True), printed
+    assert (refused["exit_code"], "--previous" in refused["said"], "top_k" in refused["said"]) == (2, True, True)
+    assert "Traceback" not in printed
+    assert not open_storage(f"{scorable}/other").exists(PLAN)
 
 
 def _good_photo() -> bytes:
-    return next(data for data in photo_set(20).values() if _decodes(data))
+    return next(data for data in sixty().values() if _decodes(data))
 
 
 def _decodes(data: bytes) -> bool:
@@ -182,7 +183,7 @@ def test_a_list_is_scored_into_folders_with_embeddings(cluster: Cluster, scorabl
 
 def test_every_kind_of_bad_file_has_its_row_and_harms_no_other(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "photos"
-    photos = [data for data in photo_set(24).values() if _decodes(data)]
+    photos = [data for data in sixty().values() if _decodes(data)]
     good = {f"22/{number:04d}.jpg": photos[number % len(photos)] for number in range(1000)}
     fill(root)
     (root / "22").mkdir()
@@ -216,24 +217,26 @@ def _written(uri: str) -> list[tuple[str, datetime]]:
     return [(item["Key"], item["LastModified"]) for page in pages for item in page["Contents"]]
 
 
-def test_a_finished_job_run_again_writes_nothing(cluster: Cluster, scorable: str) -> None:
-    before = _written(f"{scorable}/calm")
-    code, printed = cluster.run("score", *score_arguments(scorable, "calm"))
-    assert (code, "complete already" in printed) == (0, True), printed
-    code, printed = cluster.run("score", *score_arguments(scorable, "calm"), "--max-error-rate", "0.001")
-    assert (code, "more than the 0.1% allowed" in printed) == (4, True), printed
+def test_a_finished_job_run_again_writes_nothing(scorable: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before, arguments = _written(f"{scorable}/calm"), score_arguments(scorable, "calm")
+    assert run_job("score", arguments) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert run_job("score", [*arguments, "--max-error-rate", "0.001"]) == 4
+    assert "more than the 0.1% allowed" in capsys.readouterr().err
     assert _written(f"{scorable}/calm") == before
-    code, printed = cluster.run("score", *score_arguments(scorable, "calm"), "--top-k", "1")
-    assert (code, "top_k" in printed) == (5, True), printed
+    assert run_job("score", [*arguments, "--top-k", "1"]) == 5
+    assert "top_k" in capsys.readouterr().err
 
 
 def test_a_store_that_ignores_if_none_match_gets_a_warning_and_a_verified_output(
     cluster: Cluster, weak_aws: str, weak_s3: S3Server
 ) -> None:
     root = f"s3://{weak_aws}"
-    fill_scorable(root)
+    save_untrained(f"{root}/model")
+    for number in range(7):
+        open_storage(f"{root}/raw").write(f"{number}.jpg", _good_photo())
     own = weak_s3.environment | {"RAY_ADDRESS": "local", "RAY_TMPDIR": cluster.environment["FRUITRAY_CACHE"] + "-ray"}
     code, printed = cluster.run("score", *score_arguments(root, "scores"), **own)
     assert code == 0, printed
     assert "ignores If-None-Match" in printed
-    assert len(verify(open_storage(f"{root}/scores"))) == SCORED // 2
+    assert len(verify(open_storage(f"{root}/scores"))) == 4
