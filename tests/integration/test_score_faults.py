@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -20,9 +21,12 @@ from fruitray.storage import Storage, open_storage
 from tests.cluster import Cluster, Nodes, end_of, ray_head, wait_for
 from tests.integration.conftest import SCORED, score_arguments
 from tests.trouble import trouble_before
+from tests.unit.test_commit import contents, drive
 
 KILLS = ["worker"] * 5 + ["decoder"] * 2 + ["driver"] * 2 + ["node"]
-"""Of one round."""
+"""Of each of several rounds."""
+FEW = ["worker"] * 2 + ["decoder", "driver", "node"]
+"""Of a lone one."""
 
 
 def _hashes(uri: str) -> dict[str, str]:
@@ -62,7 +66,7 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
 ) -> None:
     rounds = request.config.getoption("--rounds")
     calm, choice = _hashes(f"{scorable}/calm"), random.Random(rounds)
-    kills = KILLS * rounds
+    kills = KILLS * rounds if rounds > 1 else [*FEW]
     choice.shuffle(kills)
     outputs = 0
     while kills:  # as many outputs as it takes to kill so often
@@ -83,6 +87,19 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_run(
         assert _hashes(out.uri) == calm
 
 
+@pytest.mark.parametrize("bucket", ["aws", "weak_aws"])
+def test_drivers_that_really_run_at_once_agree_on_a_real_store(bucket: str, request: pytest.FixtureRequest) -> None:
+    """Without Ray; the weak store overwrites what is committed at once, by the same bytes."""
+    root = f"s3://{request.getfixturevalue(bucket)}"
+    calm, out = open_storage(f"{root}/calm"), open_storage(f"{root}/both")
+    drive(calm)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(drive, [open_storage(out.uri) for _ in range(4)])]
+    assert answers == [verify(out)] * 4
+    assert contents(out) == contents(calm)
+
+
+@pytest.mark.chaos
 def test_two_drivers_at_once_make_one_output(cluster: Cluster, scorable: str) -> None:
     arguments = [*score_arguments(scorable, "both"), "--workers", "1"]
     jobs = [cluster.start("score", *arguments) for _ in range(2)]
