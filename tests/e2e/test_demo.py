@@ -9,7 +9,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.browser import MODEL, PHOTOS, SCORES, TRIALS, require_readable
+from tests.browser import MODEL, PHOTOS, SCORES, TRIALS, WIDTHS, opened, require_readable
 from tests.cluster import PATIENCE_S, ROOT
 
 
@@ -43,6 +43,10 @@ def test_the_demo_ends_with_a_row_per_photo(outputs: Path) -> None:
 def test_its_page_shows_all_of_it(outputs: Path) -> None:
     for output, charts in (("index", PHOTOS), ("tune", PHOTOS | TRIALS), ("scores", PHOTOS | TRIALS | MODEL | SCORES)):
         require_readable(outputs / output / "report.html", charts)
+    with opened(outputs / "scores" / "report.html", WIDTHS[-1]) as (page, _):
+        text = page.locator("main").inner_text().lower()
+    for said in ("the same file", "e_not_image", "layers", "drift", "augmentation", "threshold"):
+        assert said in text, said
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -10,11 +10,14 @@ import pytest
 
 from fruitray.commit import commit, finish, read_shards, write_plan
 from fruitray.errors import NoInputError
+from fruitray.index import read_index
 from fruitray.inputs import INPUTS, uris
 from fruitray.report.outputs import find_outputs
 from fruitray.report.page import FILE, write_report
 from fruitray.scores import schema
 from fruitray.storage import LocalStorage, open_storage
+from fruitray.suspects import SCHEMA as SUSPECTS
+from fruitray.suspects import write_suspects
 from fruitray.trials import SCHEMA as TRIALS
 from fruitray.trials import table as trials_table
 from tests.browser import WIDTHS, opened, require_readable
@@ -174,6 +177,19 @@ def test_photos_that_are_gone_leave_a_page_without_them(tmp_path: Path) -> None:
     page = write_report([index])
     assert b"data:image/jpeg" not in page
     assert b"not to be had" in page
+
+
+def test_labels_that_look_wrong_are_shown_and_others_not(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    uris = read_index(index).table["uri"].to_pylist()
+    for wrong in ({}, {"likely_wrong": True}):
+        doubt = {"label_confidence": 0.04, "suggested": "tomato", "suggested_confidence": 0.96, "likely_wrong": False}
+        rows = [{"rank": number, "uri": uri, "label": "cherry", **doubt} for number, uri in enumerate(uris, 1)]
+        rows[0] |= wrong
+        write_suspects(open_storage(index), pa.Table.from_pylist(rows, SUSPECTS), {})
+        page = write_report([index]).decode()
+        assert ("labels that look wrong" in page) == bool(wrong)
+        assert page.count("rather tomato (96%)") == len(wrong)
 
 
 def test_a_place_that_no_job_has_written_to_is_said(tmp_path: Path) -> None:
