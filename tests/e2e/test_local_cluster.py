@@ -195,7 +195,7 @@ def test_a_submitted_job_that_is_stopped_goes_on_when_submitted_again(
         stop.communicate(b"now", timeout=PATIENCE_S)
     assert stop.returncode == 0
     told = json.loads(out.read("status.json"))
-    assert (told["state"], told["exit_code"]) == ("interrupted", 130)
+    assert (told["state"], told["exit_code"], told["progress"]["total"]) == ("interrupted", 130, SCORED)
     assert not out.exists("_SUCCESS")
     code, said = submit(environment, *job)
     assert (code, "were committed before" in said) == (0, True), said

@@ -109,6 +109,7 @@ def test_two_drivers_at_once_make_one_output(cluster: Cluster, scorable: str) ->
     assert _hashes(f"{scorable}/both") == _hashes(f"{scorable}/calm")
 
 
+@pytest.mark.chaos
 def test_a_run_that_is_stopped_goes_on_when_asked_again(cluster: Cluster, scorable: str) -> None:
     out = open_storage(f"{scorable}/stopped")
     job = cluster.start("score", *score_arguments(scorable, "stopped"))
