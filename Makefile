@@ -31,7 +31,7 @@ e2e: install
 chaos: install
 	$(RUN) pytest tests/integration/test_train_faults.py --rounds 4 --timeout 7200
 	$(RUN) pytest tests/integration/test_score_faults.py --rounds 30 --timeout 14400
-	$(RUN) pytest tests/integration -m chaos --timeout 7200
+	$(RUN) pytest tests/integration tests/e2e -m chaos --timeout 7200
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

@@ -21,16 +21,17 @@ import pytest
 from fruitray.package import load_package
 from fruitray.s3server import S3Server
 from fruitray.storage import open_storage
-from fruitray.synthetic import photo_set
 from tests.canaries import leaks
 from tests.cluster import Cluster, ray_head
 from tests.conftest import new_bucket
 from tests.integration.test_permissions import POLICIES, Call, Gate, allows, granted, policies_of, policy
 from tests.trouble import trouble_before
+from tests.unit.photos import sixty
 
-PHOTOS = photo_set(20)
+PHOTOS = sixty()
 """60, two of them corrupt."""
 SMALL = ("--image-size", "64", "--epochs", "1")
+COST = ("--cost-per-hour", "1")
 ONLY_IN_NEED = {"s3:AbortMultipartUpload"}
 """What a run in which nothing goes wrong does not use."""
 ALL = {"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
@@ -89,7 +90,7 @@ def _jobs(root: str) -> dict[str, tuple[str, ...]]:
         "prepare": ("--images", raw, "--out", index),
         "tune": ("--index", index, "--out", tune, "--backbones", "cnn", "--trials", "2", "--batch-sizes", "16", *SMALL),
         "train": ("--index", index, "--out", model, *final),
-        "score": ("--package", model, "--images", raw, "--out", scores, "--shard-rows", "16", "--top-k", "2"),
+        "score": ("--package", model, "--images", raw, "--out", scores, "--shard-rows", "16", "--top-k", "2", *COST),
         "verify": ("--out", scores),
         "export": ("--package", model, "--images", raw, "--out", export, "--format", "torch"),
         "report": ("--runs", scores),
@@ -159,6 +160,7 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(run: Run) -
     metrics = json.loads(out.read("metrics.json"))
     right = sum(row["label"] == Path(row["uri"]).parent.name for row in rows.to_pylist())
     assert (metrics["photos"], metrics["accuracy"]) == (58, right / 58), "the folders have the classes' names"
+    assert b"cost_per_1000" in out.read("report.html")
     tune = open_storage(f"{runs}/tune")
     trials = pq.read_table(pa.BufferReader(tune.read("trials.parquet")))
     assert len(set(trials["initial_state_hash"].to_pylist())) == 1, "all trials of a backbone start alike"

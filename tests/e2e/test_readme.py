@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from fruitray.storage import LocalStorage
-from fruitray.synthetic import photo_set
-from tests.cluster import PATIENCE_S, ROOT, Cluster
+from tests.cluster import DRAWING, PATIENCE_S, ROOT, Cluster
+from tests.unit.photos import sixty
 
 GUIDES = ("prepare", "tune", "train", "score", "export")
 TEXT = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)))
-PHOTOS = photo_set(20)
+PHOTOS = sixty()
 """60, two of them corrupt."""
 SMALL = ("--backbones", "cnn", "--trials", "1", "--image-size", "64", "--epochs", "1")
 """What makes the first search quick, and the training of what it finds."""
@@ -55,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
         more = () if job != "tune" else LONG if job in ran else SMALL
         code, printed = cluster.run(job, *arguments, *more, folder=here, page=True)
         assert code == 0, f"{job} {arguments}: {printed}"
+        drawn = job in DRAWING and "--dry-run" not in (*arguments, *more)
+        assert bool(re.search(r"^see .*report\.html$", printed, re.MULTILINE)) == drawn, f"{job} {arguments}: {printed}"
         ran.add(job)
     assert ran == {"prepare", "tune", "train", "score", "verify", "export", "report"}
     return here
@@ -65,7 +67,7 @@ def test_each_command_leaves_what_the_text_says(folder: Path) -> None:
     for name in ("index/augment.png", "tune/best.json", "model/package.json", "onnx/model.onnx", "pt2/model.pt2"):
         assert (folder / "runs" / name).exists(), name
     for name in ("", "audit", "index", "tune", "model", "scores", "scores-2"):
-        assert (folder / "runs" / name / "report.html").exists(), name
+        assert 0 < (folder / "runs" / name / "report.html").stat().st_size < 3_000_000, name
 
 
 @pytest.mark.parametrize("number", range(len(snippets())))

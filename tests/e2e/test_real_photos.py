@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from fruitray.synthetic import LABELS
 from tests.browser import MODEL, PHOTOS, SCORES, TRIALS, opened, require_readable
@@ -12,6 +13,7 @@ from tests.cluster import Cluster
 BACKBONE, EACH = "timm/tf_efficientnetv2_b0", 24
 
 
+@pytest.mark.chaos
 def test_the_page_of_a_run_on_real_photos(
     tmp_path: Path, cluster: Cluster, shared_data: Path, shared_weights: Path
 ) -> None:
