@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ import torchvision
 from ray.exceptions import ActorDiedError
 
 from fruitray.checkpoints import delete_checkpoints, save_checkpoint
+from fruitray.cli import run_job
 from fruitray.cluster import train
 from fruitray.config import FitConfig, TrainConfig
-from fruitray.errors import DivergedError, GpuFullError, OutputConflictError, TryAgainError
+from fruitray.errors import DivergedError, GpuFullError, OutputConflictError, TryAgainError, find_ours
 from fruitray.package import load_package
 from fruitray.storage import LocalStorage, open_storage
 from tests.cluster import Cluster, end_of
@@ -127,8 +127,9 @@ def test_a_training_that_is_stopped_says_so(cluster: Cluster, place: str) -> Non
 
 def _train_with(
     monkeypatch: pytest.MonkeyPatch, out: LocalStorage, config: TrainConfig, failures: Iterator[Exception | None]
-) -> list[int]:
-    """With workers that do nothing but fail so, one after the other; answers in how many parts each computed a step."""
+) -> tuple[list[int], Exception | None]:
+    """With workers that do nothing but fail so, one after the other; in how many parts each computed a step, and how it
+    ended."""
     tried: list[int] = []
 
     class Workers:
@@ -141,37 +142,42 @@ def _train_with(
                 raise failure if isinstance(failure, ray.train.ControllerError) else lost
 
     monkeypatch.setattr(train, "_trainer", Workers)
-    with suppress(ray.train.WorkerGroupError, TryAgainError, GpuFullError):
+    try:
         train._train(config, out, {})
-    return tried
+    except (ray.train.WorkerGroupError, TryAgainError, GpuFullError) as error:
+        return tried, error
+    return tried, None
 
 
 def test_workers_out_of_memory_begin_again_with_smaller_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """There is no GPU to fill, so what is tried here is the driver: its workers end as Ray says they would."""
     full, out = torch.OutOfMemoryError("CUDA out of memory"), LocalStorage(str(tmp_path))
     config = TrainConfig(index="i", out=str(tmp_path), workers=2, fit=FitConfig(accumulate=2))
-    assert _train_with(monkeypatch, out, config, iter([full, full, None])) == [2, 4, 8]
-    assert _train_with(monkeypatch, out, config, iter([full] * 9)) == [2, 4, 8, 16, 32]
+    assert _train_with(monkeypatch, out, config, iter([full, full, None])) == ([2, 4, 8], None)
+    tried, ended = _train_with(monkeypatch, out, config, iter([full] * 9))
+    assert (tried, type(ended)) == ([2, 4, 8, 16, 32], GpuFullError)
     alone = replace(config, workers=1)
-    assert _train_with(monkeypatch, out, alone, iter([full, None])) == [2, 4]
+    assert _train_with(monkeypatch, out, alone, iter([full, None])) == ([2, 4], None)
 
 
 def test_what_would_fail_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config, out = TrainConfig(index="i", out=str(tmp_path)), LocalStorage(str(tmp_path))
 
-    def tried(failure: Exception, *, gets_on: bool = False) -> int:
+    def tried(failure: Exception, *, gets_on: bool = False) -> tuple[int, type[Exception] | None]:
         def failures() -> Iterator[Exception]:
             for number in range(2 * train.FAILURES):
                 yield failure
                 if gets_on:
                     save_checkpoint(out, {"number": number, "step": 0})
 
-        return len(_train_with(monkeypatch, out, config, failures()))
+        parts, ended = _train_with(monkeypatch, out, config, failures())
+        return len(parts), ended and type(find_ours(ended) or ended)
 
-    assert tried(DivergedError(1, float("nan"))) == 1
-    assert tried(ActorDiedError()) == tried(TryAgainError("s3://fruit", "busy")) == 1 + train.FAILURES
-    assert tried(ray.train.ControllerError(ActorDiedError())) == 1 + train.FAILURES
-    assert tried(ActorDiedError(), gets_on=True) == 1 + 2 * train.FAILURES
+    assert tried(DivergedError(1, float("nan"))) == (1, DivergedError)
+    assert tried(TryAgainError("s3://fruit", "busy")) == (1 + train.FAILURES, TryAgainError)
+    assert tried(ActorDiedError()) == (1 + train.FAILURES, TryAgainError)
+    assert tried(ray.train.ControllerError(ActorDiedError())) == (1 + train.FAILURES, TryAgainError)
+    assert tried(ActorDiedError(), gets_on=True) == (1 + 2 * train.FAILURES, None)
 
 
 def test_a_package_that_two_wrote_at_once_is_written_again_while_there_are_checkpoints(tmp_path: Path) -> None:
@@ -192,9 +198,10 @@ def test_a_package_that_was_copied_there_is_not_taken_for_the_trained_one(tmp_pa
         train.run(config)
 
 
-def test_missing_weights_end_in_one_sentence_with_the_three_choices(cluster: Cluster, place: str) -> None:
-    arguments = ("--index", f"{place}/index", "--out", f"{place}/model", "--backbone", "resnet50")
-    code, printed = cluster.run("train", *arguments, "--weights", f"{place}/absent")
-    assert code == 6
-    last = printed.strip().splitlines()[-1]
-    assert all(choice in last for choice in ("--weights imagenet", "--weights none", "--weights PATH_OR_URI")), printed
+def test_missing_weights_end_in_one_sentence_with_the_three_choices(
+    tmp_path: Path, aws: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--index", write_photos_and_index(tmp_path), "--out", f"s3://{aws}/model", "--backbone", "resnet50")
+    assert run_job("train", [*arguments, "--weights", f"s3://{aws}/absent"]) == 6
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert all(choice in last for choice in ("--weights imagenet", "--weights none", "--weights PATH_OR_URI")), last
