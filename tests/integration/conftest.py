@@ -1,8 +1,11 @@
 """What several integration tests need beside a cluster and a storage."""
 
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,10 +15,15 @@ import torchvision
 from safetensors.torch import save_file
 
 from fruitray.backbones import build
-from fruitray.config import ModelConfig
+from fruitray.batches import CPU
+from fruitray.config import FitConfig, ModelConfig
+from fruitray.final import history_row
+from fruitray.fit import fit
 from fruitray.index import Index, read_index, write_index
 from fruitray.package import save_package
+from fruitray.recipe import make_recipe
 from fruitray.s3server import S3Server
+from fruitray.steps import use_threads
 from fruitray.storage import open_storage
 from fruitray.synthetic import LABELS, draw
 from tests.cluster import Cluster, Nodes, ray_head
@@ -68,6 +76,22 @@ def _write(uri: str, photos: dict[str, bytes]) -> None:
 def nodes(s3: S3Server) -> Iterator[Nodes]:
     with ExitStack() as stack:
         yield Nodes(stack.enter_context(ray_head(s3.environment, cpus=0)), stack)
+
+
+def trained_here(cluster: Cluster, model: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """(history, weights) of the training that `train` has done into `model`, once more: by this process alone."""
+    with pytest.MonkeyPatch.context() as environment, ThreadPoolExecutor(1) as thread:  # which may compute as it likes
+        environment.setenv("FRUITRAY_CACHE", cluster.environment["FRUITRAY_CACHE"])
+        return thread.submit(_train_here, json.loads(open_storage(model).read("train.json"))).result()
+
+
+def _train_here(config: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    use_threads(2)
+    index, fit_config = read_index(config["index"]), FitConfig(**config["fit"])
+    network, _ = build(ModelConfig(**config["model"]), len(index.classes), fit_config.seed)
+    recipe = make_recipe(config["index"], index, network, fit_config, frozen=False)
+    epochs = fit(recipe.module, recipe.train, recipe.val, fit_config, device=CPU)
+    return [history_row(epoch) for epoch in epochs], network.state_dict()
 
 
 SCORED = 240
