@@ -123,20 +123,21 @@ import fruitray.cluster.watch
 
 def trial(space):
     get_session().reset = lambda **_: os._exit(1)
-    tune.report({"accuracy": 1.0})
+    tune.report({"accuracy": 1.0, "process": os.getpid()})
 
 ray.init()
 once = tune.TuneConfig(num_samples=3, max_concurrent_trials=1, reuse_actors=True)
 kept = tune.RunConfig(storage_path=sys.argv[1], failure_config=tune.FailureConfig(max_failures=1))
 found = tune.Tuner(trial, tune_config=once, run_config=kept).fit()
-print([result.metrics["accuracy"] for result in found], found.num_errors)
+processes = {result.metrics["process"] for result in found}
+print([result.metrics["accuracy"] for result in found], found.num_errors, "in", len(processes), "processes")
 """
 
 
 def test_a_worker_that_dies_between_two_trials_costs_none(cluster: Cluster, tmp_path: Path) -> None:
     code, printed = end_of(cluster.start_program(_WHOSE_WORKER_DIES_AS_THE_NEXT_IS_TO_HAVE_IT, str(tmp_path)))
     assert code == 0, printed
-    assert "[1.0, 1.0, 1.0] 0" in printed
+    assert "[1.0, 1.0, 1.0] 0 in 3 processes" in printed
 
 
 def test_trials_share_workers_and_each_has_its_own_peak_of_memory(cluster: Cluster, place: str) -> None:
