@@ -151,13 +151,13 @@ def test_trials_share_workers_and_each_has_its_own_peak_of_memory(cluster: Clust
 
 
 def test_a_trial_that_ray_kills_for_want_of_memory_says_so(cluster: Cluster, place: str) -> None:
-    command = _tune(place, "--backbones", "cnn", "--trials", "2", "--epochs", "1", *SMALL)
+    command = _tune(place, "--backbones", "cnn", "--trials", "1", "--epochs", "1", *SMALL)
     code, printed = end_of(cluster.start_apart(*command, cpus=2, RAY_memory_usage_threshold="0.01"))
     assert (code, "Traceback" in printed) == (TrialsFailedError.exit_code, False), printed
-    assert [row["error"] == SHORT_OF_MEMORY for row in _rows(place)] == [True, True], printed
+    assert [row["error"] for row in _rows(place)] == [SHORT_OF_MEMORY], printed
     code, printed = cluster.run(*command)
     assert code == 0, printed
-    assert [row["error"] for row in _rows(place)] == [None, None]
+    assert [row["error"] for row in _rows(place)] == [None]
 
 
 def test_cross_validation_holds_out_every_photo_once(cluster: Cluster, place: str, weights: Path) -> None:
