@@ -54,6 +54,7 @@ def _history(model: str) -> list[dict[str, Any]]:
     return _table(f"{model}/history.parquet")
 
 
+@pytest.mark.chaos
 def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> None:
     model, scores = f"{place}/model", f"{place}/scores"
     network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", "--tta", *SMALL)
@@ -75,12 +76,18 @@ def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> No
         assert scored[row["uri"]]["confidence"] == pytest.approx(row["confidence"], abs=0.02)
 
 
-def test_a_frozen_backbone_stays_as_it_is(cluster: Cluster, place: str, weights: Path) -> None:
+def test_a_frozen_backbone_stays_as_it_is_and_its_package_says_what_was_measured(
+    cluster: Cluster, place: str, weights: Path
+) -> None:
     index, model = f"{place}/index", f"{place}/model"
-    network = ("--backbone", "mobilenet_v2", "--weights", str(weights), "--frozen", "--epochs", "2", *SMALL)
-    code, printed = cluster.run("train", "--index", index, "--out", model, *network)
+    network = ("--backbone", "mobilenet_v2", "--weights", str(weights), "--frozen", "--epochs", "2", "--tta")
+    code, printed = cluster.run("train", "--index", index, "--out", model, *network, *SMALL)
     assert code == 0, printed
-    state = load_package(model).model.trunk.state_dict()
+    package, card = load_package(model), open_storage(model).read("README.md").decode()
+    assert package.inference.tta
+    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in card
+    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in printed
+    state = package.model.trunk.state_dict()
     untouched = torchvision.models.mobilenet_v2().state_dict().keys() & state.keys()
     [stored] = [entry.key for entry in open_storage(f"{model}/initial").list() if entry.key.endswith("package.json")]
     started = load_package(f"{model}/initial/{stored.rpartition('/')[0]}").model.trunk.state_dict()
