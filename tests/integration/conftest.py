@@ -37,8 +37,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights files, untrained: what counts here is the path they take."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    for name in ("mobilenet_v2", "resnet18"):
-        save_file(torchvision.models.get_model(name).state_dict(), folder / f"{name}.safetensors")
+    for name, options in {"mobilenet_v2": {}, "resnet18": {"zero_init_residual": True}}.items():
+        save_file(torchvision.models.get_model(name, **options).state_dict(), folder / f"{name}.safetensors")
     return folder
 
 

@@ -26,7 +26,7 @@ from fruitray.errors import DivergedError, GpuFullError, OutputConflictError, Tr
 from fruitray.package import load_package
 from fruitray.storage import LocalStorage, open_storage
 from tests.cluster import Cluster, end_of
-from tests.integration.conftest import save_untrained
+from tests.integration.conftest import save_untrained, trained_here
 from tests.unit.runs import write_photos_and_index
 
 SMALL = ("--image-size", "64", "--batch-size", "16")
@@ -60,12 +60,7 @@ def test_efficientnet_b2_goes_the_whole_path(cluster: Cluster, place: str) -> No
     network = ("--backbone", "efficientnet_b2", "--weights", "none", "--epochs", "1", "--tta", *SMALL)
     code, printed = cluster.run("train", "--index", f"{place}/index", "--out", model, *network)
     assert code == 0, printed
-    assert re.search(r"^decode: (\d+) of \1 photos, ", printed, re.MULTILINE), "its worker's progress is shown, too"
-    package, card = load_package(model), open_storage(model).read("README.md").decode()
-    assert package.description["model"]["backbone"] == "efficientnet_b2"
-    assert package.inference.tta
-    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in card
-    assert f"validation accuracy {package.description['metrics']['accuracy']:.4f}" in printed
+    assert load_package(model).description["model"]["backbone"] == "efficientnet_b2"
     code, printed = cluster.run("score", "--package", model, "--images", f"{place}/raw", "--out", scores)
     assert code == 0, printed
     code, printed = cluster.run("verify", "--out", scores)
@@ -96,20 +91,19 @@ def test_a_frozen_backbone_stays_as_it_is_and_its_package_says_what_was_measured
 
 
 def test_two_workers_measure_what_one_measures(cluster: Cluster, place: str, weights: Path) -> None:
-    """With batch norm, in stages and with an average of the weights, in small steps of a network that does not make
-    much of a last bit, as an untrained mobilenet_v2 does; in float32, as a bfloat16 has few bits to be alike in."""
-    measured = []
+    """With batch norm, in stages and with an average of the weights, of a network that makes little of a last bit and
+    in steps that a tenth more or less would show in; in float32, as a bfloat16 has few bits to be alike in."""
+    model = f"{place}/model"
     network = ("--backbone", "resnet18", "--weights", str(weights), "--head-epochs", "1", "--ema", "0.5")
     network += ("--image-size", "96", "--batch-size", "32", "--dropout", "0", "--optimizer", "sgd")
-    network += ("--learning-rate", "2e-4", "--epochs", "3", "--augment", "mirror+jitter", "--full-precision")
-    for workers in ("1", "2"):
-        code, printed = cluster.run(
-            "train", "--index", f"{place}/index", "--out", f"{place}/m{workers}", "--workers", workers, *network
-        )
-        assert code == 0, printed
-        names = ("train_loss", "val_loss", "accuracy")
-        measured.append([[epoch[name] for name in names] for epoch in _history(f"{place}/m{workers}")])
-    torch.testing.assert_close(*(torch.tensor(rows) for rows in measured), rtol=0, atol=1e-3)
+    network += ("--learning-rate", "2e-3", "--epochs", "3", "--augment", "mirror+jitter", "--full-precision")
+    code, printed = cluster.run("train", "--index", f"{place}/index", "--out", model, "--workers", "2", *network)
+    assert code == 0, printed
+    assert re.search(r"^decode: (\d+) of \1 photos, ", printed, re.MULTILINE), "its workers' progress is shown, too"
+    alone, _ = trained_here(cluster, model)
+    names = ("train_loss", "val_loss", "accuracy")
+    measured = (torch.tensor([[epoch[name] for name in names] for epoch in rows]) for rows in (_history(model), alone))
+    torch.testing.assert_close(*measured, rtol=0, atol=3e-4)
 
 
 def test_a_killed_search_keeps_its_finished_trials(cluster: Cluster, place: str) -> None:
