@@ -289,8 +289,10 @@ def test_a_package_that_stands_is_not_written_again(index_uri: str, tmp_path: Pa
     config = TrainConfig(index=index_uri, out=out.uri, model=CONFIG)
     initial = cast(Package, SimpleNamespace(description={"initial_weights": {}, "state_hash": "0"} | FACTS))
     history = [dict.fromkeys(HISTORY.names, 1) | {"recalls": [0.5] * 3}]
-    standing = []
-    for model in (network(CONFIG), network(CONFIG)):
+    standing, other = [], network(CONFIG)
+    with torch.no_grad():
+        other.head[-1].bias[0] += 1
+    for model in (network(CONFIG), other):
         recipe = make_recipe(index_uri, index, model, config.fit, frozen=False)
         write_final(out, asdict(config), recipe, index, initial, history, CPU)
         standing.append(load_package(out.uri).model_id)
