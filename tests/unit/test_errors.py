@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import traceback
 
 import cloudpickle
 import pytest
@@ -66,25 +65,23 @@ def test_an_error_crosses_processes_whole(pickler: object, error: FruitrayError,
     assert repr(vars(arrived)) == repr(vars(error))  # repr, for NaN differs from itself
 
 
-@each_error
-def test_an_error_can_be_raised_from_its_cause(error: FruitrayError, exit_code: int, named: object) -> None:
-    with pytest.raises(type(error)) as caught:
-        raise error from OSError("disk on fire")
-    shown = "".join(traceback.format_exception(caught.value))
-    assert "disk on fire" in shown
-    assert str(error) in shown
-
-
 @pytest.mark.parametrize(("rate", "said"), [(0.1, "10%"), (0.005, "0.5%"), (0.07, "7%"), (0.0, "0%")])
 def test_the_allowed_share_of_errors_is_said_exactly(rate: float, said: str) -> None:
     assert str(errors.TooManyBadImagesError(URI, 1, 2, rate)).endswith(f"more than the {said} allowed")
 
 
 def test_a_job_can_catch_all_refusals_of_storage_at_once() -> None:
-    refusals = {error for error, _, _ in ERRORS if isinstance(error, errors.StorageError)}
-    assert {type(error) for error in refusals} == subclasses(errors.StorageError)
+    refusals = {type(error) for error, _, _ in ERRORS if isinstance(error, errors.StorageError)}
+    assert refusals == {
+        errors.StorageError,
+        errors.NotFoundError,
+        errors.AccessDeniedError,
+        errors.CredentialsError,
+        errors.ArchivedError,
+        errors.ChangedError,
+        errors.EndpointError,
+    }  # and not TryAgainError, which asks for patience, not for a fix
     assert issubclass(errors.CredentialsError, errors.AccessDeniedError)
-    assert not issubclass(errors.TryAgainError, errors.StorageError)  # the one that asks for patience, not for a fix
 
 
 def test_an_error_in_the_making_of_a_ray_actor_is_found() -> None:
