@@ -56,7 +56,7 @@ def test_who_reads_only_the_start_of_help_sees_no_traceback() -> None:
 
 def test_every_option_is_explained() -> None:
     for kind in ast.walk(ast.parse(Path(config.__file__).read_text())):
-        for field, after in pairwise(getattr(kind, "body", []) if isinstance(kind, ast.ClassDef) else []):
+        for field, after in pairwise([*kind.body, None] if isinstance(kind, ast.ClassDef) else []):
             if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) not in ("model", "fit"):
                 explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert explained, f"{kind.name}.{ast.unparse(field.target)}"
