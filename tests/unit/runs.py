@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import nn
 
 from fruitray.backbones import Classifier, build
 from fruitray.batches import CPU
@@ -69,6 +71,20 @@ def network(config: ModelConfig = CONFIG) -> Classifier:
     assert isinstance(size, int)
     photos = [decode(jpeg(draw(LABELS[number % 3], number, (size, size)))) for number in range(9)]
     spread(model, torch.stack([torch.tensor(photo.pixels) for photo in photos]), 4)
+    return model
+
+
+def lively(config: ModelConfig) -> Classifier:
+    """An untrained network whose embeddings and answers differ from photo to photo, by more than rounding makes them
+    differ, even if batch norm holds it together."""
+    model, size = build(config, 3)[0], config.image_size
+    photos = torch.from_numpy(np.stack([draw(LABELS[n % 3], n, (size, size)) for n in range(9)])).permute(0, 3, 1, 2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # else the statistics of an untrained network let nothing through
+    with torch.no_grad():
+        model.train()(photos)
+    spread(model.eval(), photos, 1)
     return model
 
 

@@ -1,7 +1,6 @@
 """Behaviour of the export: it answers as the package does, on any batch, and nothing is kept that does not."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import sys
@@ -14,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from fruitray import export
-from fruitray.backbones import Classifier, build
 from fruitray.cli import run_job
 from fruitray.config import ModelConfig
 from fruitray.images import decode
@@ -25,11 +22,10 @@ from fruitray.package import load_package, save_package
 from fruitray.predictor import Predictor
 from fruitray.storage import LocalStorage
 from fruitray.synthetic import LABELS, draw
-from tests.unit.test_package import describe, jpeg
+from tests.unit.runs import jpeg, lively
+from tests.unit.test_package import describe
 
-ABSENT = [name for name in export.NEEDED["onnx"] if importlib.util.find_spec(name) is None]
-onnx_only = pytest.mark.skipif(bool(ABSENT), reason=f"absent: {ABSENT}: pip install fruitray[export]")
-each_format = pytest.mark.parametrize("kind", [pytest.param("onnx", marks=onnx_only), "torch"])
+each_format = pytest.mark.parametrize("kind", ["onnx", "torch"])
 CNN = ModelConfig(backbone="cnn", image_size=64)
 NETWORKS = [
     CNN,
@@ -61,21 +57,6 @@ def photos(tmp_path: Path) -> Path:
 def save(place: Path, config: ModelConfig) -> Path:
     save_package(LocalStorage(str(place)), lively(config), config, LABELS, {})
     return place
-
-
-def lively(config: ModelConfig) -> Classifier:
-    """An untrained network whose answers differ from photo to photo, by more than rounding makes them differ."""
-    model, size = build(config, 3)[0], config.image_size
-    photos = torch.from_numpy(np.stack([draw(LABELS[n % 3], n, (size, size)) for n in range(9)])).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # else the statistics of an untrained network let nothing through
-        model.train()(photos)
-        logits, last = model.eval()(photos), model.head[-1]
-        last.weight /= logits.std(dim=0)[:, None]
-        last.bias.copy_((last.bias - logits.mean(dim=0)) / logits.std(dim=0))
-    return model
 
 
 def run(package: Path, out: Path, *options: str) -> int:
@@ -140,7 +121,6 @@ def test_the_description_says_what_goes_in_and_what_comes_out(
     assert sorted(path.name for path in out.iterdir()) == sorted(["export.json", found["file"]])
 
 
-@onnx_only
 def test_pillow_and_onnx_runtime_alone_give_what_score_gives(package: Path, photos: Path, tmp_path: Path) -> None:
     assert run(package, tmp_path / "out") == 0
     files = sorted(photos.rglob("*.jpg"))
@@ -210,8 +190,7 @@ def test_the_same_command_again_is_fine_and_another_model_or_format_is_refused(p
     out = tmp_path / "out"
     assert [run(package, out, "--format", "torch") for _ in range(2)] == [0, 0]
     before = (out / "export.json").read_bytes()
-    if not ABSENT:
-        assert run(package, out, "--format", "onnx") == 5
+    assert run(package, out, "--format", "onnx") == 5
     describe(package, note="another")
     assert run(package, out, "--format", "torch") == 5
     assert (out / "export.json").read_bytes() == before

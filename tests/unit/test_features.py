@@ -27,7 +27,7 @@ from fruitray.recipe import Recipe, make_recipe
 from fruitray.storage import LocalStorage, open_storage
 from fruitray.synthetic import LABELS, draw
 from tests.tables import index_of, photo, singles
-from tests.unit.runs import TRAIN, VAL, index_of_photos, keep_features, write_photos_and_index
+from tests.unit.runs import TRAIN, VAL, index_of_photos, keep_features, lively, write_photos_and_index
 
 CPU = torch.device("cpu")
 
@@ -251,7 +251,7 @@ def test_an_index_is_named_by_folder_or_file(index_uri: str, place: str) -> None
 
 
 def test_an_embedding_hardly_depends_on_its_batch(index_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network(backbone="mobilenet_v2", weights="none").train()
+    model = lively(ModelConfig(backbone="mobilenet_v2", weights="none", image_size=64)).train()
     photos = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8)
     found = []
     for size in (1, 3, 64):
@@ -259,6 +259,7 @@ def test_an_embedding_hardly_depends_on_its_batch(index_uri: str, monkeypatch: p
         found.append(embed(model, photos, range(7), "turned", CPU))
     close(found[0], found[1])
     close(found[0], found[2])
+    assert found[0].std(dim=0).mean() > 0.1, "photos that all look alike show nothing"
 
 
 def test_what_does_not_fit_into_the_memory_of_a_gpu_is_embedded_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
