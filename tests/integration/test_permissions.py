@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import boto3
 import pytest
 import yaml
+from moto import mock_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
 from fruitray.errors import AccessDeniedError
@@ -208,13 +209,12 @@ def test_what_is_forbidden_is_refused_in_one_sentence(s3: S3Server, aws: str, mo
 @pytest.fixture
 def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A client of moto's EC2, where all of boto3 leads."""
-    moto = pytest.importorskip("moto", reason="moto, which stands in for EC2, is absent")
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    with moto.mock_aws():
+    with mock_aws():
         yield boto3.client("ec2", region_name=REGION)
 
 

