@@ -76,13 +76,17 @@ def _require_sorting(page: Page) -> None:
                 cells = table.locator(f"tbody tr td:nth-child({column + 1})")
                 orders.append([cell.get_attribute("data-sort") or cell.inner_text() for cell in cells.all()])
             rising, falling = ([value for value in order if value] for order in orders)
-            assert rising == _sorted(rising), head.inner_text()
+            assert rising == _sorted(page, rising), head.inner_text()
             if len(set(rising)) == len(rising):
                 assert falling == rising[::-1], head.inner_text()
 
 
-def _sorted(values: list[str]) -> list[str]:
+def _sorted(page: Page, values: list[str]) -> list[str]:
+    """By number, or, where one is none, as the language of the page's reader sorts text."""
     try:
         return sorted(values, key=float)
     except ValueError:
-        return values  # text is sorted as its readers' language does
+        collated: list[str] = page.evaluate(
+            "values => values.sort(new Intl.Collator(undefined, {numeric: true}).compare)", values
+        )
+        return collated

@@ -58,7 +58,7 @@ def write_trials(folder: Path, count: int) -> None:
         dict.fromkeys(TRIALS.names)
         | {
             "trial": number,
-            "backbone": ("cnn_bn", "resnet50", WILD)[number % 3],
+            "backbone": ("resnet101", "resnet50", WILD)[number % 3],
             "part": "last layer",
             "weights": "imagenet",
             "learning_rate": 1e-3,
