@@ -82,11 +82,10 @@ def _require_sorting(page: Page) -> None:
 
 
 def _sorted(page: Page, values: list[str]) -> list[str]:
-    """By number, or, where one is none, as the language of the page's reader sorts text."""
+    """By number; where one of two is none, as the language of the page's reader sorts text."""
     try:
         return sorted(values, key=float)
     except ValueError:
-        collated: list[str] = page.evaluate(
-            "values => values.sort(new Intl.Collator(undefined, {numeric: true}).compare)", values
-        )
+        order = "(a, b) => a - b || a.localeCompare(b, undefined, {numeric: true})"
+        collated: list[str] = page.evaluate(f"values => values.sort({order})", values)
         return collated
