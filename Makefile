@@ -49,19 +49,20 @@ bench: install
 # What goes into the image, with hashes; whether any of it is known to be vulnerable; a bill of it.
 LOCK := infra/image/requirements.txt
 
-.tools:
+.tools/.installed:
 	$(PYTHON) -m venv .tools
 	.tools/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1 uv==0.13.9
+	touch $@
 
-lock: .tools
+lock: .tools/.installed
 	.tools/bin/uv pip compile --quiet --no-build --generate-hashes --no-annotate --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' -c constraints.txt \
 		--extra export --extra openvino --extra optuna --extra timm pyproject.toml -o $(LOCK)
 
-audit: .tools
+audit: .tools/.installed
 	.tools/bin/pip-audit --strict --disable-pip --require-hashes -r $(LOCK)
 
-sbom: .tools
+sbom: .tools/.installed
 	mkdir -p dist
 	.tools/bin/cyclonedx-py requirements $(LOCK) --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json
 

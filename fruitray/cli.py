@@ -7,9 +7,10 @@ import difflib
 import importlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import tyro
@@ -17,7 +18,7 @@ import tyro
 from fruitray import config as configs
 from fruitray import console, status
 from fruitray.console import say
-from fruitray.defaults import default_of, from_file
+from fruitray.defaults import default_of, from_file, given
 from fruitray.errors import TooManyBadImagesError, TrialsFailedError, UsageError, find_ours
 
 GROUPS: dict[str, dict[str, type[Any]]] = {
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(run_job(arguments[0], arguments[1:]))
     if arguments[:1] == ["completion"]:
         sys.exit(_complete(arguments[1:]))
-    print("\n".join(["usage: fruitray JOB [options]", *_listed(), "", EXAMPLES]))
+    with _while_read():
+        print("\n".join(["usage: fruitray JOB [options]", *_listed(), "", EXAMPLES]))
     if arguments in ([], ["-h"], ["--help"]):
         sys.exit(0)
     near = difflib.get_close_matches(arguments[0], JOBS, n=1)
@@ -83,7 +85,7 @@ def _complete(shell: Sequence[str]) -> int:
         print(f"usage: fruitray completion {{{','.join(SHELLS)}}}", file=sys.stderr)
         return UsageError.exit_code
     options = ["--tyro-print-completion", shell[0]]
-    with suppress(SystemExit):
+    with suppress(SystemExit), _while_read():
         tyro.extras.subcommand_cli_from_dict(
             {**JOBS}, prog="fruitray", args=options, config=(tyro.conf.OmitArgPrefixes,)
         )
@@ -105,6 +107,10 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
             said, code, worth_a_look = job.run(config), 0, True
         except KeyboardInterrupt:
             said, code, worth_a_look = "interrupted", status.INTERRUPTED, False
+        except SystemExit as ended:
+            if not (as_json and ended.code == UsageError.exit_code):
+                raise
+            said, code, worth_a_look = "wrong options: see the standard error", UsageError.exit_code, False
         except Exception as error:
             ours = find_ours(error)
             if ours is None:
@@ -113,12 +119,12 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         told.end(code, said)
         if told.out is not None and worth_a_look and config.report:
             _draw_report(told.out.uri)
+        if code:
+            print(f"fruitray {name}: {said} (exit code {code})", file=sys.stderr, flush=True)
         if as_json:
             out = told.out.uri if told.out else getattr(config, "out", None)
             print(json.dumps({**told.facts, "out": out, "exit_code": code, "said": said}), flush=True)
-        elif code:
-            print(f"fruitray {name}: {said}", file=sys.stderr, flush=True)
-        else:
+        elif not code:
             say(said)
         return code
 
@@ -139,17 +145,31 @@ def _draw_report(out: str) -> None:
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The job's config from its arguments; ends the process with 2 where they make no sense, with 0 after `--help`."""
     kind = JOBS[name]
-    arguments = [*from_file(kind, argv), *argv]
+    filed = from_file(kind, argv)
+    arguments = [*filed, *argv]
     try:
-        return tyro.cli(
-            kind,
-            args=arguments,
-            prog=f"fruitray {name}",
-            description=_first_line(kind),
-            default=default_of(name, arguments),
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except BrokenPipeError:  # as where `head` has read enough of `--help`
+        with _while_read():
+            return tyro.cli(
+                kind,
+                args=arguments,
+                prog=f"fruitray {name}",
+                description=_first_line(kind),
+                default=default_of(name, arguments),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as ended:
+        if filed and ended.code:
+            print(f"fruitray {name}: --config {given(argv, '--config')} says {shlex.join(filed)}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _while_read() -> Iterator[None]:
+    """Ends the process with 0 when nobody reads on, as where `head` has had enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

@@ -46,6 +46,23 @@ def require_policy(policy: str) -> None:
     require(last == sorted(last), "augment", policy, "mixup and cutmix must come last")
 
 
+def _require_number(name: str, value: float | None) -> None:
+    require(value is None or 0 <= value < math.inf, name, value, "must be a number from 0 up")
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    require(value is None or 0 < value < math.inf, name, value, "must be a number above 0")
+
+
+def _require_side(name: str, side: int | None) -> None:
+    require(side is None or side >= 32, name, side, "must be at least 32")
+
+
+def _require_view(image_size: int | None, crop: float | None) -> None:
+    _require_side("image_size", image_size)
+    require(crop is None or 0 <= crop <= 1, "crop", crop, "must lie in [0, 1]")
+
+
 def parse_size(rule: str) -> tuple[int, int] | None:
     """(width, height) of `WIDTHxHEIGHT`, None of another rule."""
     sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", rule)
@@ -108,12 +125,13 @@ class PrepareConfig:
         require(0 <= self.test_fraction < 1, "test_fraction", self.test_fraction, "must lie in [0, 1)")
         require(together < 1, "test_fraction", self.test_fraction, "must leave photos to train on, with --val-fraction")
         require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "must be 2 at least, or 0")
-        require(self.show_augment >= 0, "show_augment", self.show_augment, "must not be negative")
+        _require_number("show_augment", self.show_augment)
         require_policy(self.augment)
         require(not self.out.endswith(".parquet"), "out", self.out, "is a folder; the index in it is index.parquet")
+        _require_side("image_size", self.image_size)
         if self.probe is not None:
-            probe = self.probe not in SCRATCH and self.weights != "none"
-            require(probe, "probe", self.probe, "needs a backbone with pretrained weights")
+            require(self.probe not in SCRATCH, "probe", self.probe, "nobody has weights for it that have learned")
+            require(self.weights != "none", "weights", "none", "leaves --probe nothing that has learned")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,16 +161,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
-        require(self.image_size is None or self.image_size >= 32, "image_size", self.image_size, "must be at least 32")
-        require(self.crop is None or 0 <= self.crop <= 1, "crop", self.crop, "must lie in [0, 1]")
-        require(self.hidden is None or self.hidden >= 0, "hidden", self.hidden, "must not be negative")
+        _require_view(self.image_size, self.crop)
+        _require_number("hidden", self.hidden)
         if self.backbone in SCRATCH:
             known = self.weights in ("imagenet", "none")
             require(known, "weights", self.weights, f"{self.backbone} always starts from random weights")
             object.__setattr__(self, "weights", "none")
             require(self.hidden is None, "hidden", self.hidden, f"{self.backbone} has a head of its own")
-        scratch = self.weights == "none"
-        require(not (self.frozen and scratch), "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
+            require(not self.frozen, "frozen", True, f"{self.backbone} has no pretrained weights to freeze")
+        learned = self.weights != "none"
+        require(learned or not self.frozen, "weights", "none", "leaves --frozen nothing that has learned")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,19 +239,17 @@ class FitConfig:
         require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         require(1 <= self.accumulate <= self.batch_size, "accumulate", self.accumulate, "must lie in [1, --batch-size]")
-        rate = self.learning_rate is None or 0 < self.learning_rate < math.inf
-        require(rate, "learning_rate", self.learning_rate, "must be positive")
+        _require_positive("learning_rate", self.learning_rate)
         require(0 <= self.warmup < 1, "warmup", self.warmup, "must lie in [0, 1)")
-        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must not be negative")
-        require(0 <= self.clip_norm < math.inf, "clip_norm", self.clip_norm, "must not be negative")
-        require(self.head_epochs >= 0, "head_epochs", self.head_epochs, "must not be negative")
-        require(0 < self.trunk_rate < math.inf, "trunk_rate", self.trunk_rate, "must be positive")
+        _require_number("weight_decay", self.weight_decay)
+        _require_number("clip_norm", self.clip_norm)
+        _require_number("head_epochs", self.head_epochs)
+        _require_positive("trunk_rate", self.trunk_rate)
         require(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         require(self.patience >= 1, "patience", self.patience, "must be at least 1")
         require_policy(self.augment)
-        least = self.train_size is None or self.train_size >= 32
-        require(least, "train_size", self.train_size, "must be at least 32")
+        _require_side("train_size", self.train_size)
 
 
 Recipe = Literal["suited", "head", "whole", "report"]
@@ -357,11 +373,19 @@ class TuneConfig:
         require(len(self.backbones) >= 1, "backbones", self.backbones, "name at least one")
         require(self.trials >= 1, "trials", self.trials, "must be at least 1")
         require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "must be 2 at least, or 0")
-        require(all(rate > 0 for rate in self.learning_rates), "learning_rates", self.learning_rates, "all above 0")
+        _require_number("hidden", self.hidden)
+        for rate in self.learning_rates:
+            _require_positive("learning_rates", rate)
         require(all(size >= 1 for size in self.batch_sizes), "batch_sizes", self.batch_sizes, "all at least 1")
+        require(all(0 <= share < 1 for share in self.dropouts), "dropouts", self.dropouts, "all must lie in [0, 1)")
+        _require_view(self.image_size, self.crop)
         require(len(self.frozen_choices) >= 1, "frozen_choices", self.frozen_choices, "give True, False or both")
-        require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "must be positive")
-        require(self.gpus_per_trial >= 0, "gpus_per_trial", self.gpus_per_trial, "must not be negative")
+        for name, share in (("cpus_per_trial", self.cpus_per_trial), ("gpus_per_trial", self.gpus_per_trial)):
+            _require_number(name, share)
+            require(share == round(share, 4), name, share, "Ray divides into ten thousandths at most")
+        _require_positive("cpus_per_trial", self.cpus_per_trial)
+        whole = self.gpus_per_trial <= 1 or self.gpus_per_trial == int(self.gpus_per_trial)
+        require(whole, "gpus_per_trial", self.gpus_per_trial, "above 1 it must be a whole number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,8 +426,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", self.workers, "must be at least 1")
-        minutes = self.checkpoint_minutes
-        require(0 <= minutes < math.inf, "checkpoint_minutes", minutes, "must not be negative")
+        _require_number("checkpoint_minutes", self.checkpoint_minutes)
         require(0 < self.coverage <= 1, "coverage", self.coverage, "must lie in (0, 1]")
         if isinstance(self.index, str):  # else the command line starts from this, and the backbone is still to come
             object.__setattr__(self, "fit", suited(self.model, self.fit))
@@ -459,12 +482,11 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         require(len(self.images) > 0, "images", self.images, "must name at least one place")
         require(self.top_k >= 1, "top_k", self.top_k, "must be at least 1")
-        require(self.shard_rows >= 0, "shard_rows", self.shard_rows, "must not be negative")
-        require(self.batch_size >= 0, "batch_size", self.batch_size, "must not be negative")
-        require(self.workers >= 0, "workers", self.workers, "must not be negative")
+        _require_number("shard_rows", self.shard_rows)
+        _require_number("batch_size", self.batch_size)
+        _require_number("workers", self.workers)
         require(0 <= self.max_error_rate <= 1, "max_error_rate", self.max_error_rate, "must lie in [0, 1]")
-        cost = self.cost_per_hour
-        require(cost is None or cost >= 0, "cost_per_hour", cost, "must not be negative")
+        _require_number("cost_per_hour", self.cost_per_hour)
         retry = self.retry_errors
         require(not retry or self.previous is not None, "retry_errors", retry, "needs --previous, the output with them")
 
@@ -533,6 +555,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         require("://" not in self.out, "out", self.out, "must be a local folder")
         require(self.per_class >= 20, "per_class", self.per_class, "must be at least 20")
+        require(self.trials >= 1, "trials", self.trials, "must be at least 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
+        _require_side("image_size", self.image_size)
 
 
 PLACES = ("config", "images", "index", "out", "package", "places", "previous", "runs", "weights")

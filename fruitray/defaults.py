@@ -37,21 +37,25 @@ def from_file(kind: type[Any], argv: Sequence[str]) -> list[str]:
             said = json.loads(data)  # not each JSON is YAML: tabs, letters beyond 16 bits
         except ValueError:
             said = yaml.safe_load(data)
-        return list(itertools.chain.from_iterable(_arguments(said)))
-    except (yaml.YAMLError, UnicodeError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeError) as error:
         raise UsageError(f"--config {path}: holds no options ({type(error).__name__})") from error
+    if not isinstance(said, dict):
+        raise UsageError(f"--config {path}: holds no options, each a name and a value")
+    return list(itertools.chain.from_iterable(_arguments(said)))
 
 
 def _arguments(options: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, value in options.items():
-        option = name.replace("_", "-")
+        option = str(name).replace("_", "-")
+        if name in KEPT:
+            continue
         if isinstance(value, dict):  # a group, as `fit`
             yield from _arguments(value)
         elif isinstance(value, bool):
             yield [f"--{option}" if value else f"--no-{option}"]
         elif isinstance(value, list):
-            yield [f"--{option}", *map(str, value)] if value else []
-        elif name not in KEPT and value is not None:
+            yield [f"--{option}", *map(str, value)]
+        else:
             yield [f"--{option}={value}"]
 
 
@@ -68,6 +72,9 @@ def _of_preset(argv: Sequence[str]) -> Any:
     if name not in PRESETS:
         return None
     options: dict[str, Any] = {"preset": name, **PRESETS[name]}
+    for one, several in (("--batch-size", "batch_sizes"), ("--learning-rate", "learning_rates")):
+        if given(argv, one) is not None:  # which would else have no say
+            options.pop(several, None)
     return configs.TuneConfig(index=tyro.MISSING, out=tyro.MISSING, **options)
 
 
@@ -83,8 +90,7 @@ def given(argv: Sequence[str], option: str) -> str | None:
     """The value of `option` among the arguments, the last one's where there are several."""
     value = None
     for word, following in itertools.zip_longest(argv, argv[1:]):
-        if word == option:
-            value = following
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
+        name, separator, joined = word.partition("=")
+        if name.replace("_", "-") == option:
+            value = joined if separator else following
     return value

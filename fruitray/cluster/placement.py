@@ -25,7 +25,7 @@ def require_room(workers: int, *, cpus: float, gpus: float) -> None:
         wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount)
         raise UsageError(
             f"{workers} workers are wanted, with {wanted} each, and the nodes of this cluster have room for {there}; "
-            + ("without --gpu they take CPUs alone; " if gpus else "")
+            + ("asked for no GPUs they take CPUs alone; " if gpus else "")
             + f"{GROWS}=1 says that more nodes come when they are needed"
         )
 

@@ -106,7 +106,7 @@ def _look(places: Sequence[str]) -> Seen:
             refused = refused or error
         slowest = max(slowest, 1000 * (time.perf_counter() - start))
     folder = cache_folder()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     free = shutil.disk_usage(there).free if os.access(there, os.W_OK) else 0
     return Seen(slowest, refused, free, versions(), time.time())
 

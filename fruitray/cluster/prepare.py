@@ -51,10 +51,11 @@ def run(config: PrepareConfig) -> str:
     require_ours(out, "prepare", config)
     if all(is_hidden(entry.key) for entry in images.list()):
         raise NoInputError(images.uri, "holds no files to read: it is to hold a folder of photos for each class")
+    gpus = int(config.gpu and config.probe is not None)
     if config.dry_run:
-        return preflight("prepare", [config.images], config.out, cpus=1)
+        return preflight("prepare", [config.images], config.out, cpus=1, gpus=gpus)
     connect()
-    seek_room("prepare", 1, cpus=1, gpus=0)
+    seek_room("prepare", 1, cpus=1, gpus=gpus)
     if config.probe:
         from fruitray.cluster import suspects  # on use: it needs torch
 

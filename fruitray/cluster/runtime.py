@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import ray
@@ -88,6 +89,22 @@ def open_output(uri: str, images: Storage | None = None) -> Storage:
     if not isinstance(storage, LocalStorage):
         storage.check()
     return storage
+
+
+def place_for_ray(out: Storage) -> str:
+    """Where Ray itself keeps what it needs below `out`, in which it reads of a bucket's name what a URI would mean.
+
+    Raises:
+        UsageError: it would look elsewhere than we do.
+    """
+    if isinstance(out, LocalStorage):
+        return f"{out.uri}/_ray"
+    from fruitray.s3 import endpoint  # on use: boto3 is slow to load
+
+    if endpoint() != endpoint(configured=False):
+        here = f"the endpoint_url of ~/.aws/config, {endpoint()}"
+        raise UsageError(f"--out {out.uri}: Ray does not read {here}; set AWS_ENDPOINT_URL to it, also for the cluster")
+    return f"{quote(out.uri, safe=':/')}/_ray"
 
 
 def is_within(storage: Storage, other: Storage) -> bool:

@@ -30,7 +30,14 @@ from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
-from fruitray.cluster.runtime import claim, lines_from_workers, open_output, require_ours, workers_died
+from fruitray.cluster.runtime import (
+    claim,
+    lines_from_workers,
+    open_output,
+    place_for_ray,
+    require_ours,
+    workers_died,
+)
 from fruitray.config import FitConfig, ModelConfig, TrainConfig
 from fruitray.console import progress, reached, say, tell
 from fruitray.errors import GpuFullError, OutputConflictError, TryAgainError, find, find_ours, one_line
@@ -58,6 +65,7 @@ def run(config: TrainConfig) -> str:
     require_ours(out, "train", config, index.sha256)
     if out.exists(DESCRIPTION) and not out.exists("train.json"):
         raise OutputConflictError(out.uri_of(DESCRIPTION), "was not trained here; choose another --out")
+    place = place_for_ray(out)
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.model.image_size)
         connect()
@@ -76,8 +84,8 @@ def run(config: TrainConfig) -> str:
         if config.model.frozen and config.fit.augment in VARIANTS:
             ensure_features(config.index, index, initial, config.fit, gpu=config.gpu)
         with progress("train", config.fit.epochs, "epochs", in_logs=False), lines_from_workers() as lines:
-            given = {"initial": initial.uri, "index_sha256": index.sha256, "lines": lines, "cpus": share["cpus"]}
-            _train(config, out, given)
+            given = {"place": place, "initial": initial.uri, "index_sha256": index.sha256}
+            _train(config, out, {**given, "lines": lines, "cpus": share["cpus"]})
     load_package(out.uri)  # which is verified: only then the checkpoints may go
     delete_checkpoints(out)
     model_id = show_final(out)
@@ -152,7 +160,7 @@ def _trainer(config: TrainConfig, job: dict[str, Any]) -> _Trainer:
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # not to go on from Ray's own state: ours tells all there is to know
-            storage_path=f"{job['out']}/_ray",
+            storage_path=job["place"],
             failure_config=ray.train.FailureConfig(controller_failure_limit=0),  # it would wait without a word
         ),
     )

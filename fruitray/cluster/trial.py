@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def _read_checkpoint() -> dict[str, Any] | None:
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return None
-    with suppress(OSError), checkpoint.as_directory() as folder:  # gone, as its trial had ended or gone on: start again
+    unfit = OSError, EOFError, RuntimeError, UnpicklingError  # gone, as its trial had ended or gone on; or cut
+    with suppress(*unfit), checkpoint.as_directory() as folder:
         state: dict[str, Any] = torch.load(os.path.join(folder, CHECKPOINT), map_location="cpu", weights_only=True)
         return state
     return None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from fruitray.cluster.connection import connect
 from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
-from fruitray.cluster.runtime import claim, open_output, require_ours
+from fruitray.cluster.runtime import claim, open_output, place_for_ray, require_ours
 from fruitray.cluster.trial import run_trial
 from fruitray.cluster.watch import RETRIES, Ends, Lines, end_of, mend_state
 from fruitray.config import TuneConfig
@@ -27,6 +27,7 @@ from fruitray.errors import (
     TrialsFailedError,
     TryAgainError,
     UsageError,
+    find_ours,
 )
 from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
@@ -43,17 +44,19 @@ def run(config: TuneConfig) -> str:
     index = read_index(config.index)
     out = open_output(config.out)
     require_ours(out, "tune", config, index.sha256)
+    place = place_for_ray(out)
     if config.folds:
         require_folds(index, config.folds)
     if config.dry_run:
         reads, size = [index.images, index_place(config.index)[0].uri], decoded_size(index, config.image_size)
         return preflight("tune", reads, config.out, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial, disk=size)
+    optuna = _optuna(config) if config.search == "optuna" else None
     initial = _initial_models(config, out, index)
     claim(out, "tune", config, index.sha256)
     connect()
     seek_room("tune", 1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)
     without = _embed(config, index, initial) if config.fit.augment in VARIANTS else {}
-    tried = _search(config, out, index.sha256)
+    tried = _search(config, out, index.sha256, place, optuna)
     found = sorted((_row(trial, without) for trial in tried), key=lambda pair: rank(pair[0]))
     rows = [row for row, _ in found]
     out.write("trials.parquet", parquet(table(rows)))
@@ -71,17 +74,21 @@ def run(config: TuneConfig) -> str:
 def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str, Package]:
     """What the trials of each frozen backbone start from, with the layers of all as text beside the results.
 
-    A backbone that cannot be had is said; its trials will fail, and the others go on.
+    A backbone whose weights cannot be had is said; its trials will fail, and the others go on.
+
+    Raises:
+        UsageError: a trial that may be tried makes no sense.
     """
-    compared = networks(config)
-    if config.search != "optuna":  # of which nobody knows what it will try
-        compared = [Network(trial.model.backbone, trial.model.frozen) for trial in draw_trials(config)]
+    anything = replace(config, search="grid") if config.search == "optuna" else config  # which may try all there is
+    compared = [Network(trial.model.backbone, trial.model.frozen) for trial in draw_trials(anything)]
     found: dict[str, Package] = {}
     errors = []
     for network in {network.backbone: network for network in compared}.values():
         start, fit = settings(config, network, Walk([]))
         try:
             found[network.backbone] = initial_model(out, start, index.classes, fit.seed)
+        except (UsageError, TryAgainError):
+            raise
         except FruitrayError as error:
             errors.append(error)
             say(f"tune: without {network}: {error}")
@@ -105,16 +112,16 @@ def _embed(config: TuneConfig, index: Index, initial: dict[str, Package]) -> dic
         gpu = config.gpus_per_trial > 0
         try:
             ensure_features(config.index, index, package, config.fit, folds=config.folds > 0, gpu=gpu)
-        except (GpuFullError, TryAgainError) as error:
-            errors[backbone] = error
-            say(f"tune: without {Network(backbone, True)}: {error}")
+        except (GpuFullError, TryAgainError) as error:  # Ray's, which say much more, or ours
+            errors[backbone] = find_ours(error) or error
+            say(f"tune: without {Network(backbone, True)}: {errors[backbone]}")
     lost = [network.frozen and network.backbone not in initial.keys() - errors.keys() for network in networks(config)]
     if errors and all(lost):
         raise next(iter(errors.values()))
     return {backbone: str(error) for backbone, error in errors.items()}
 
 
-def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
+def _search(config: TuneConfig, out: Storage, index_sha256: str, place: str, optuna: Any) -> list[Tried]:
     """All trials, ended; those that an earlier, broken run finished are not run again."""
     shared = {"index": config.index, "out": out.uri, "folds": config.folds, "cpus": config.cpus_per_trial}
     space: dict[str, Any] = {**shared, "index_sha256": index_sha256, "gpu": config.gpus_per_trial > 0}
@@ -125,7 +132,7 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
         if config.search == "random" and total < config.trials:
             say(f"tune: {total} trials, as no other can be drawn from what there is to choose from")
     trainable = tune.with_resources(run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial})
-    path, again = f"{out.uri}/_ray/tune", config.search != "optuna"  # which knows no trial that is run again
+    path, again = f"{place}/tune", config.search != "optuna"  # which knows no trial that is run again
     if tune.Tuner.can_restore(path) and mend_state(out):
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=again, param_space=space)
     else:
@@ -136,13 +143,13 @@ def _search(config: TuneConfig, out: Storage, index_sha256: str) -> list[Tried]:
                 metric="accuracy",
                 mode="max",
                 scheduler=_asha(config) if config.scheduler == "asha" and not config.folds else None,
-                search_alg=_optuna(config) if config.search == "optuna" else None,
+                search_alg=optuna,
                 num_samples=config.trials if config.search == "optuna" else 1,
                 reuse_actors=True,  # a new one takes seconds to load PyTorch and Ray
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=f"{out.uri}/_ray",
+                storage_path=place,
                 verbose=0,
                 callbacks=[Ends(out.uri), Lines()],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),  # Tune's stored state may know the older only
@@ -162,7 +169,7 @@ def _optuna(config: TuneConfig) -> Any:
     try:
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(partial(_suggested, config), metric="accuracy", mode="max", seed=config.fit.seed)
+        return OptunaSearch(partial(_suggested, config), metric="accuracy", mode="max", seed=config.fit.seed % 2**32)
     except (ImportError, AssertionError) as error:
         raise UsageError("--search optuna: needs Optuna: pip install fruitray[optuna]") from error
 

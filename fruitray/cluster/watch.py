@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import STOP, UnpicklingError
 from typing import Any
 
 from pyarrow.fs import FileSelector
@@ -31,8 +31,14 @@ from fruitray.storage import Storage, open_storage
 RETRIES = 2
 """How often a trial whose worker was lost begins again."""
 SHORT_OF_MEMORY = "its node was short of memory, and Ray ended it; more --cpus-per-trial, in another --out, run fewer"
-STATE = "_ray/state.json"
-"""A copy of Tune's own."""
+TUNE = "_ray/tune/"
+STATES = ("searcher-state-", "search_gen_state-", "basic-variant-state-", "experiment_state-")
+"""How the names begin of files in which Tune keeps what draws its trials, and, last, its trials; they end in the time
+of day when their driver began."""
+FIRST = "0"
+"""Comes before any time of day."""
+KEPT = "_ray/kept/"
+"""Our copies of those files."""
 SAVED_S = 10.0
 """After which Tune's own state is sure to know of a trial that has ended: it is kept every second."""
 
@@ -79,31 +85,41 @@ TuneController._trial_task_failure = _once(TuneController._trial_task_failure)
 
 
 def mend_state(out: Storage) -> bool:
-    """Whether Tune has kept what it knows of its trials. It does so in place: where a kill cut that, the last copy of
-    ours takes its place, without which Tune would begin anew."""
-    key = _state_key(out)
-    if key and not _is_whole(out.read(key)) and out.exists(STATE):
-        out.write(key, out.read(STATE))
-    return key is not None
+    """Whether Tune has kept what it knows of its trials, which is then renamed to come first: clocks go back, and Tune
+    takes the last by name for the newest. It writes in place: where a kill cut that, the last copies of ours take the
+    place of it, without which Tune would begin anew."""
+    found = _states(out)
+    states = {keys[-1]: out.read(keys[-1]) for keys in found.values()}
+    if not all(map(_is_whole, states.values())) and all(out.exists(KEPT + kind) for kind in found):
+        states = {keys[-1]: out.read(KEPT + kind) for kind, keys in found.items()}
+    for (kind, keys), (newest, state) in zip(found.items(), states.items(), strict=True):
+        first = f"{TUNE}{kind}{FIRST}{Path(newest).suffix}"
+        out.write(first, state)
+        for key in keys:
+            if key != first:
+                out.delete(key)
+    return STATES[-1] in found
 
 
 def copy_state(out: Storage) -> None:
-    """Keep a copy for `mend_state`, unless Tune is writing just now."""
-    key = _state_key(out)
-    if key and _is_whole(state := out.read(key)):
-        out.write(STATE, state)
+    """Keep copies for `mend_state`, unless Tune is writing just now."""
+    states = {kind: out.read(keys[-1]) for kind, keys in _states(out).items()}
+    if all(map(_is_whole, states.values())):
+        for kind, state in states.items():
+            out.write(KEPT + kind, state)
 
 
-def _state_key(out: Storage) -> str | None:
-    """Of the newest: its name ends in the time when its driver began."""
-    return max((entry.key for entry in out.list("_ray/tune/experiment_state-")), default=None)
+def _states(out: Storage) -> dict[str, list[str]]:
+    """The keys of each of `STATES` that is there, in the order of time."""
+    found = {kind: sorted(entry.key for entry in out.list(f"{TUNE}{kind}")) for kind in STATES}
+    return {kind: keys for kind, keys in found.items() if keys}
 
 
 def _is_whole(state: bytes) -> bool:
-    try:
-        return bool(json.loads(state))
-    except ValueError:
-        return False
+    """Of JSON, or of a pickle, which ends in a word of its own."""
+    with suppress(ValueError):
+        return state.endswith(STOP) or bool(json.loads(state))
+    return False
 
 
 def end_of(tried: Tried) -> str:

@@ -17,6 +17,7 @@ import pytest
 from fruitray import config, console, status
 from fruitray.cli import JOBS, SHELLS, main, parse, run_job
 from fruitray.config import RECIPES, ModelConfig, PrepareConfig, to_json
+from fruitray.search import draw_trials
 from fruitray.storage import LocalStorage
 
 HEAVY = {"boto3", "pyarrow", "ray", "torch", "torch._dynamo", "torchvision", "torchvision.models"}
@@ -45,10 +46,11 @@ def test_jobs_load_neither_the_compiler_nor_torchvision_before_they_use_them() -
     assert not {"torch._dynamo", "torchvision"} & _imported_by(code)
 
 
-def test_who_reads_only_the_start_of_help_sees_no_traceback() -> None:
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["--help"], ["completion", "zsh"]])
+def test_who_reads_only_the_start_of_help_sees_no_traceback(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code = "from fruitray.cli import run_job; run_job('train', ['--help'])"
+    code = f"from fruitray.cli import main; main({arguments})"
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
@@ -118,21 +120,61 @@ def test_options_come_from_a_file_and_those_given_win(name: str, text: str, tmp_
     assert (parsed.out, parsed.embeddings, parsed.package) == ("here", False, "p")
 
 
-@pytest.mark.parametrize("job", ["prepare", "tune", "train", "score"])
-def test_what_a_job_keeps_of_its_options_starts_another_alike(job: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("prepare", ""),
+        ("tune", ""),
+        ("tune", "--preset full --dropouts"),
+        ("tune", "--preset report --hidden None --learning-rates"),
+        ("train", ""),
+        ("score", ""),
+    ],
+)
+def test_what_a_job_keeps_of_its_options_starts_another_alike(job: str, options: str, tmp_path: Path) -> None:
     required = {"prepare": ("images",), "tune": ("index",), "train": ("index",), "score": ("package", "images")}[job]
-    first = parse(job, [*(word for name in (*required, "out") for word in (f"--{name}", "x")), "--no-report"])
+    places = [word for name in (*required, "out") for word in (f"--{name}", "x")]
+    first = parse(job, [*places, "--no-report", *options.split()])
     kept = json.loads(to_json(first)) | {"index_sha256": "0"}
     (tmp_path / "kept.json").write_text(json.dumps(kept))
     again = parse(job, ["--config", str(tmp_path / "kept.json")])
     assert replace(again, config=None) == first
 
 
-@pytest.mark.parametrize("text", ["- a\n- list", "[", "\0"])
+@pytest.mark.parametrize("text", ["- a\n- list", "[", "\0", "", "null"])
 def test_a_file_that_holds_no_options_is_said(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "options.yaml").write_text(text)
     assert run_job("prepare", ["--config", str(tmp_path / "options.yaml")]) == 2
     assert "options.yaml: holds no options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"fit": {"foo": 1}}', "workers: true", "epochs: 1e1"])
+def test_what_is_wrong_in_a_file_of_options_is_said_to_be_in_the_file(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        parse("train", ["--index", "i", "--out", "o", "--config", str(tmp_path / "options.yaml")])
+    assert f"--config {tmp_path / 'options.yaml'} says --" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelt", ["--batch-size 8 --learning-rate 0.05", "--batch_size=8 --learning_rate=0.05"])
+@pytest.mark.parametrize("preset", ["full", "report"])
+def test_a_batch_size_or_learning_rate_that_is_given_wins_over_the_lists_of_a_preset(preset: str, spelt: str) -> None:
+    config = parse("tune", ["--index", "i", "--out", "o", "--preset", preset, *spelt.split()])
+    assert {(trial.fit.batch_size, trial.fit.learning_rate) for trial in draw_trials(config)} == {(8, 0.05)}
+
+
+@pytest.mark.parametrize("wrong", [("--engine", "foo"), ("--top-k", "0")])
+def test_a_script_reads_of_wrong_options_in_one_line_of_json_and_a_person_what_is_wrong(
+    wrong: tuple[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "to_standard_error", lambda: None)
+    assert run_job("score", ["--json", "--package", "p", "--images", "i", "--out", "o", *wrong]) == 2
+    told = capfd.readouterr()
+    assert json.loads(told.out)["exit_code"] == 2
+    assert wrong[0] in told.err
+    assert "(exit code 2)" in told.err
 
 
 def test_a_script_reads_one_line_of_json_and_nothing_else(tmp_path: Path) -> None:
@@ -203,8 +245,30 @@ def test_train_starts_from_what_suits_or_from_a_recipe(options: str, expected: d
         (
             ("score", "--package", "x", "--images", "y", "--out", "z", "--cost-per-hour", "-1"),
             2,
-            "must not be negative",
+            "must be a number from 0 up",
         ),
+        (("score", "--package", "x", "--images", "y", "--out", "z", "--cost-per-hour", "inf"), 2, "from 0 up"),
+        (("tune", "--index", "x", "--out", "y", "--dropouts", "0.2", "2"), 2, "--dropouts (0.2, 2.0): all must lie in"),
+        (("tune", "--index", "x", "--out", "y", "--learning-rates", "1e-3", "inf"), 2, "--learning-rates inf"),
+        (("tune", "--index", "x", "--out", "y", "--image-size", "5"), 2, "--image-size 5: must be at least 32"),
+        (("tune", "--index", "x", "--out", "y", "--crop", "7"), 2, "--crop 7.0: must lie in [0, 1]"),
+        (("tune", "--index", "x", "--out", "y", "--hidden", "-1"), 2, "--hidden -1: must be a number from 0 up"),
+        (("tune", "--index", "x", "--out", "y", "--gpus-per-trial", "1.5"), 2, "above 1 it must be a whole number"),
+        (("tune", "--index", "x", "--out", "y", "--cpus-per-trial", "0.00001"), 2, "ten thousandths"),
+        (("train", "--index", "x", "--out", "y", "--clip-norm", "inf"), 2, "--clip-norm inf: must be a number from 0"),
+        (
+            ("train", "--index", "x", "--out", "y", "--frozen", "--weights", "none"),
+            2,
+            "--weights none: leaves --frozen",
+        ),
+        (("prepare", "--images", "x", "--out", "y", "--probe", "cnn"), 2, "--probe cnn: nobody has weights"),
+        (
+            ("prepare", "--images", "x", "--out", "y", "--probe", "resnet50", "--weights", "none"),
+            2,
+            "--weights none: leaves --probe",
+        ),
+        (("demo", "--out", "{tmp}", "--image-size", "5"), 2, "--image-size 5: must be at least 32"),
+        (("demo", "--out", "{tmp}", "--trials", "0"), 2, "--trials 0: must be at least 1"),
         (("score", "--package", "x", "--images", "y", "{tmp}", "--out", "{tmp}/o"), 2, "must not lie inside"),
         (("score", "--package", "x", "--images", "{tmp}/data/raw", "--out", "{tmp}"), 2, "its rows would come to lie"),
         (("verify", "--out", "{tmp}"), 6, "score has not written here"),

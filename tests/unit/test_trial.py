@@ -10,8 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 from ray.exceptions import RayActorError
+from ray.tune import Checkpoint
 from ray.tune.experiment import Trial as Tried
 
+from fruitray.checkpoints import to_bytes
 from fruitray.cluster import trial
 from fruitray.cluster.trial import CHECKPOINT, LONGEST, _passing, reason, train
 from fruitray.cluster.tune import _row, plain
@@ -132,3 +134,15 @@ def test_a_reason_is_one_line_that_holds_the_cause() -> None:
     assert reason(RuntimeError("no compiler\nset A_FLAG=1 to see more")).startswith("RuntimeError: no compiler set")
     assert len(reason(ValueError("word " * 999))) <= LONGEST
     assert "--image-size" in reason(torch.OutOfMemoryError("CUDA out of memory\nadvice"))
+
+
+@pytest.mark.parametrize("kept", [None, b"", b"P", b"PK\x03\x04 and no more"])
+def test_a_trial_whose_checkpoint_is_gone_or_cut_starts_again(
+    kept: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kept is not None:
+        (tmp_path / CHECKPOINT).write_bytes(kept)
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: Checkpoint.from_directory(tmp_path))
+    assert trial._read_checkpoint() is None
+    (tmp_path / CHECKPOINT).write_bytes(to_bytes({"epochs": 3}))
+    assert trial._read_checkpoint() == {"epochs": 3}

@@ -1,18 +1,21 @@
 """What is told of trials that Ray Tune ran."""
 
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train._internal.storage import StorageContext
+from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
 from ray.tune.experiment import Trial
 
 from fruitray.cluster import tune
-from fruitray.cluster.tune import _embed
+from fruitray.cluster.tune import _embed, _initial_models, _optuna
 from fruitray.cluster.watch import copy_state, end_of, mend_state
-from fruitray.config import TuneConfig
-from fruitray.errors import GpuFullError
+from fruitray.config import FitConfig, TuneConfig
+from fruitray.errors import FruitrayError, GpuFullError, TryAgainError, UsageError, WeightsError
 from fruitray.storage import open_storage
 
 
@@ -49,14 +52,31 @@ def test_why_a_trial_failed_is_known_where_another_machine_ran_the_search(failed
 
 
 def test_what_tune_knows_of_its_trials_is_found_again_where_a_kill_cut_it(tmp_path: Path) -> None:
-    out, newest = open_storage(str(tmp_path)), "_ray/tune/experiment_state-2026-11-28_08-00-00.json"
+    out, begun = open_storage(str(tmp_path)), "2026-11-28_08-00-00"
     assert not mend_state(out)
     out.write("_ray/tune/experiment_state-2026-11-27_09-00-00.json", b'{"trials": "of an earlier driver"}')
-    for state in (b'{"trials": 1}', b'{"trials": 1', b""):
-        out.write(newest, state)
+    whole, drawn = b'{"trials": 1}', pickle.dumps("what draws them")
+    for state, draws in ((whole, drawn), (whole[:-1], drawn), (b"", drawn), (whole, drawn[:-1]), (whole, b"")):
+        out.write(f"_ray/tune/experiment_state-{begun}.json", state)
+        out.write(f"_ray/tune/basic-variant-state-{begun}.json", draws)
         copy_state(out)
         assert mend_state(out)
-        assert out.read(newest) == b'{"trials": 1}'
+        assert _kept(tmp_path) == {"experiment_state-0.json": whole, "basic-variant-state-0.json": drawn}
+
+
+def test_the_last_of_what_tune_knows_of_its_trials_is_gone_on_from_whatever_the_clock_said(tmp_path: Path) -> None:
+    out = open_storage(str(tmp_path))
+    for hour, state in (("02-30", b'{"trials": 1}'), ("02-10", b'{"trials": 2}'), ("02-20", b'{"trials": 3}')):
+        out.write(f"_ray/tune/experiment_state-2026-10-25_{hour}-00.json", state)
+        copy_state(out)
+        assert mend_state(out)
+        newest = _find_newest_experiment_checkpoint(str(tmp_path / "_ray/tune"))
+        assert newest is not None
+        assert Path(newest).read_bytes() == state
+
+
+def _kept(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "_ray/tune").iterdir()}
 
 
 @pytest.mark.parametrize("others", [("mobilenet_v2",), ("cnn",)])
@@ -65,7 +85,7 @@ def test_a_backbone_that_cannot_be_embedded_leaves_the_others_to_go_on(
 ) -> None:
     def embed(index_uri: str, index: Any, package: str, *_: Any, **__: Any) -> None:
         if package == "large":
-            raise GpuFullError
+            raise RayTaskError("embed", "its stack, in many lines", GpuFullError()).as_instanceof_cause()
 
     monkeypatch.setattr(tune, "ensure_features", embed)
     initial: Any = {"resnet50": "large", "mobilenet_v2": "small"}
@@ -75,3 +95,26 @@ def test_a_backbone_that_cannot_be_embedded_leaves_the_others_to_go_on(
     assert _embed(config, index, had) == {"resnet50": str(GpuFullError())}
     with pytest.raises(GpuFullError):
         _embed(TuneConfig(index="index", out="out", backbones=("resnet50",)), index, {"resnet50": initial["resnet50"]})
+
+
+@pytest.mark.parametrize("error", [TryAgainError("s3://bucket", "is slow"), UsageError("--backbone vgg61: no such")])
+def test_a_search_is_not_begun_without_a_backbone_for_what_passes_or_is_a_slip(
+    error: FruitrayError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(out: Any, config: Any, *_: Any) -> Any:
+        raise error if config.backbone == "vgg61" else WeightsError(config.backbone, "are not to be had")
+
+    monkeypatch.setattr(tune, "initial_model", build)
+    index: Any = SimpleNamespace(classes=["a", "b"])
+    config = TuneConfig(index="index", out="out", backbones=("resnet50", "vgg61"))
+    with pytest.raises(type(error)):
+        _initial_models(config, open_storage(str(tmp_path)), index)
+
+
+def test_all_that_optuna_may_try_is_looked_at_before_it_tries_it(tmp_path: Path) -> None:
+    fit = FitConfig(accumulate=8, batch_size=16, seed=-1)
+    config = TuneConfig(index="i", out="o", search="optuna", backbones=("cnn",), batch_sizes=(16, 4), fit=fit)
+    index: Any = SimpleNamespace(classes=["a", "b"])
+    with pytest.raises(UsageError, match="--accumulate 8"):
+        _initial_models(config, open_storage(str(tmp_path)), index)
+    assert _optuna(config)  # with such a seed, too
