@@ -21,7 +21,7 @@ from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Duplicates, find_duplicates
 from fruitray.errors import UsageError
-from fruitray.index import FACTS, SCHEMA, Index, Pool
+from fruitray.index import FACTS, SCHEMA, Index, Pool, label_of
 from fruitray.rules import spare_copies, wrong_size
 
 Ints = NDArray[np.int64]
@@ -291,6 +291,18 @@ def _draw_folds(groups: Iterable[Group], config: PrepareConfig) -> None:
                 group.fold = min(counts, key=lambda fold: (counts[fold], totals[fold], fold))
             counts[group.fold] += group.size
             totals[group.fold] += group.size
+
+
+def require_classes(keys: Sequence[str]) -> None:
+    """Raise `UsageError` unless `keys` lie in two folders at least, which is known before any photo is read."""
+    labels = {label for key in keys if (label := label_of(key))}
+    if len(labels) < 2:
+        [found] = labels or ["none"]
+        inner = sorted({key.split("/")[1] for key in keys if key.count("/") > 1})[:NAMED]
+        meant = (
+            f" with the folders {', '.join(inner)}: if those are the classes, let --images name it" if inner[1:] else ""
+        )
+        raise UsageError(f"--images must hold at least two classes, one folder each; found {found}{meant}")
 
 
 def require_splits(table: pa.Table, config: PrepareConfig, *, earlier: bool = False) -> None:

@@ -35,7 +35,7 @@ from fruitray.images import is_hidden, list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, standing_hash, write_index
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
-from fruitray.split import decide, require_splits
+from fruitray.split import decide, require_classes, require_splits
 from fruitray.storage import Entry
 
 MIN_CHUNK, MAX_CHUNK = 128, 4096
@@ -103,6 +103,7 @@ def _list(config: PrepareConfig) -> Iterator[dict[str, int] | pa.Table | tuple[p
     require_ours(out, "prepare", config)
     images, standing, earlier = open_input(config.images), standing_hash(out), _earlier(config)
     entries, skipped = list_images(images)
+    require_classes([entry.key for entry in entries])
     known, fresh = known_facts(earlier, images, entries) if earlier else (FACTS.empty_table(), entries)
     yield earlier.table if earlier else None, standing
     yield known

@@ -23,7 +23,7 @@ from fruitray.images import list_images
 from fruitray.index import FACTS, SCHEMA, Index, check_leaks
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
-from fruitray.split import cross_validation, decide, fill, quotas, require_folds
+from fruitray.split import cross_validation, decide, fill, quotas, require_classes, require_folds
 from fruitray.storage import LocalStorage
 from tests.tables import Row, broken, components, duplicate_pairs, facts, index_of, photo, shuffled, singles
 
@@ -677,6 +677,23 @@ def test_too_few_photos_are_refused_with_the_counts(rows: list[Row], options: di
         index_of(rows, **options)
     assert [words for words in said if words not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (["1.jpg", "2.jpg"], "none"),
+        (["apple/1.jpg", "apple/red/2.jpg", "3.jpg"], "apple"),
+        (
+            ["train/pear/1.jpg", "train/apple/2.jpg"],
+            "train with the folders apple, pear: if those are the classes, .* it",
+        ),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused_before_a_photo_is_read(keys: list[str], found: str) -> None:
+    with pytest.raises(UsageError, match=f"two classes, one folder each; found {found}$"):
+        require_classes(keys)
+    require_classes([*keys, "kiwi/1.jpg", "apple/1.jpg"])
 
 
 def test_folds_of_an_index_without_any_are_stratified_and_too_few_photos_told() -> None:
