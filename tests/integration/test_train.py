@@ -122,7 +122,7 @@ def test_a_training_that_is_stopped_says_so(cluster: Cluster, place: str) -> Non
     arguments = ("--index", f"{place}/index", "--out", f"{place}/model", "--backbone", "cnn", "--image-size", "96")
     job = cluster.start("train", *arguments, "--epochs", "500", "--patience", "500")
     code, printed = _end_when(job, "train: epoch 1 of 500", signal.SIGINT)
-    assert (code, printed.splitlines()[-1]) == (130, "fruitray train: interrupted"), printed
+    assert (code, printed.splitlines()[-1]) == (130, "fruitray train: interrupted (exit code 130)"), printed
     assert json.loads(open_storage(f"{place}/model").read("status.json"))["state"] == "interrupted"
 
 
