@@ -156,6 +156,10 @@ def test_every_job_runs_by_job_submit_from_photos_to_verified_scores(run: Run) -
     errors = rows.filter(pc.equal(rows["status"], "error"))
     assert sorted(errors["error_code"].to_pylist()) == ["E_NOT_IMAGE", "E_TRUNCATED"]
     assert all(len(labels) == 2 for labels in rows.filter(pc.equal(rows["status"], "ok"))["top_labels"].to_pylist())
+    assert "60 inputs, one row each (2 errors)" in run.logs["verify"]
+    scored = dict(zip(rows["uri"].to_pylist(), rows["confidence"].to_pylist(), strict=True))
+    known = pq.read_table(pa.BufferReader(open_storage(f"{runs}/model").read("predictions.parquet"))).to_pylist()
+    assert [scored[row["uri"]] for row in known] == pytest.approx([row["confidence"] for row in known], abs=0.02)
     assert load_package(f"{runs}/model").classes == ("cherry", "strawberry", "tomato")
     metrics = json.loads(out.read("metrics.json"))
     right = sum(row["label"] == Path(row["uri"]).parent.name for row in rows.to_pylist())
