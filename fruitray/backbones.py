@@ -13,6 +13,7 @@ from torchinfo import summary
 
 from fruitray.config import ModelConfig
 from fruitray.convolution import conv2d
+from fruitray.errors import UsageError
 from fruitray.networks import plan
 from fruitray.preprocess import Preprocessing
 from fruitray.stand_in import StandIn
@@ -181,6 +182,24 @@ def layer_summary(model: Classifier) -> str:
 def pick_device(*, gpu: bool) -> torch.device:
     """The GPU if it is wanted and this process sees one, else the CPU. A Ray worker may see GPUs it did not reserve."""
     return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+
+
+def reserved_device(*, gpu: bool) -> torch.device:
+    """As `pick_device`, in a worker for which Ray has reserved the GPU that is wanted.
+
+    Raises:
+        UsageError: PyTorch cannot use it.
+    """
+    device = pick_device(gpu=gpu)
+    if gpu and device.type == "cpu":
+        raise UsageError("PyTorch sees no GPU on a node where Ray gives one to a worker; see its driver, and its torch")
+    return device
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may compute float32 with the precision of half, which is quicker."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

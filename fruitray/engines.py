@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fruitray.backbones import Classifier, fast_in_bfloat16
+from fruitray.backbones import Classifier, allow_tf32, fast_in_bfloat16
 from fruitray.errors import GpuFullError, UsageError
 from fruitray.machine import has_compiler
 from fruitray.memory import as_out_of_memory, full_gpu_told, in_halves
@@ -100,7 +100,7 @@ def make_engine(
     """
     require_engine(name, gpu=device.type != "cpu")
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # else float32 would have the precision of half
+        allow_tf32(False)
     batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     with full_gpu_told():
         reference = copy.deepcopy(model).to(device).eval()

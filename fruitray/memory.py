@@ -53,7 +53,8 @@ def peak_memory(device: torch.device) -> int:
     return process_peak()
 
 
-_NO_ROOM = re.compile(r"_STATUS_ALLOC_FAILED|CUDA error: out of memory")
+_NO_ROOM = re.compile("_ALLOC(ATION)?_FAILED|unable to find an engine|[Oo]ut of memory")
+"""The second is what PyTorch makes of cuDNN's, after it has tried all its ways to compute a convolution."""
 
 
 @contextmanager

@@ -237,6 +237,8 @@ def _timm(config: ModelConfig) -> Plan:
         heads = network.pretrained_cfg["classifier"] or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights, preprocessing = load_file(config, network, heads, preprocessing)
+    if not hasattr(network, "reset_classifier"):
+        raise UsageError(f"--backbone {config.backbone}: is no classifier, so there is no head to replace")
     network.reset_classifier(0)
     head = Head(features=network.head_hidden_size, hidden=256, dropout=0.2, standardise=True)
     return Plan(network, head, preprocessing, weights)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fruitray.backbones import Classifier, compiled, freeze, parameter_groups, unfreeze
+from fruitray.backbones import Classifier, allow_tf32, compiled, freeze, parameter_groups, unfreeze
 from fruitray.batches import Batch, Batches, epoch_seed
 from fruitray.config import FitConfig
 from fruitray.errors import DivergedError, UsageError, one_line
@@ -142,7 +142,7 @@ class Run:
 
     def _backward_in_parts(self, inputs: torch.Tensor, labels: torch.Tensor, together: int) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        parts = list(zip(self._cut(inputs), self._cut(labels), strict=True))
+        parts = list(zip(self._cut(inputs, together), self._cut(labels, together), strict=True))
         for place, (part, target) in enumerate(parts):
             waits = place < len(parts) - 1 and self._train.world > 1
             with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
@@ -162,10 +162,12 @@ class Run:
             return 1.0
         return target @ self._weights if target.is_floating_point() else self._weights[target]
 
-    def _cut(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Into as many parts as all workers' shares can be cut into: each waits for the others in every part."""
+    def _cut(self, tensor: torch.Tensor, together: int) -> tuple[torch.Tensor, ...]:
+        """This worker's share of a batch of `together`, in as many parts as all workers' shares can be cut into: each
+        waits for the others in every part."""
         least = self._train.examples // len(self._train) // self._train.world
-        return tensor.tensor_split(min(self.parts, max(1, least)))
+        parts = min(self.parts, max(1, least))
+        return cut(tensor, parts, together=together, rank=self._train.rank, world=self._train.world)
 
     def _lerp(self, averages: Tensors, news: Tensors, _: Any) -> None:
         """An exponential moving average that forgets its start: at step n the decay is (1 + n) / (10 + n) at most. What
@@ -212,6 +214,14 @@ class Run:
             self._average.load_state_dict(state["average"])
 
 
+def cut(share: torch.Tensor, parts: int, *, together: int, rank: int, world: int) -> tuple[torch.Tensor, ...]:
+    """Cut the `share` (B, ...) of worker `rank`, each `world`-th example of a batch of `together`, so that the workers'
+    parts together are those of one worker: what batch norm sees does not depend on their number."""
+    whole, more = divmod(together, parts)
+    ends = [part * whole + min(part, more) for part in range(1, parts)]
+    return share.tensor_split([-(-(end - rank) // world) for end in ends])
+
+
 def use_threads(count: int) -> None:
     """Have the calling thread compute with `count` of them, all of which take a number below the least normal float
     for zero; to be called before it computes anything, as they inherit that from it when they start.
@@ -239,7 +249,7 @@ def prepare(device: torch.device, config: FitConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
-        torch.set_float32_matmul_precision("high")
+        allow_tf32(not config.full_precision)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:

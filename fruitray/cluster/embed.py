@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from fruitray.backbones import build, pick_device
+from fruitray.backbones import allow_tf32, build, reserved_device
 from fruitray.cluster.placement import worker_count
 from fruitray.cluster.runtime import open_input, stream
 from fruitray.config import FitConfig, ModelConfig
@@ -81,7 +81,8 @@ class _Embedder:
         self._model = load_package(package_uri).model
         self._model.full_precision = full_precision
         self._photos, self._beside, self._key = open_input(images), index_place(index_uri)[0], key
-        self._device = pick_device(gpu=gpu)
+        self._device = reserved_device(gpu=gpu)
+        allow_tf32(not full_precision)
 
     def __call__(self, task: pa.Table) -> pa.Table:
         [row] = task.to_pylist()

@@ -64,6 +64,8 @@ def run(config: ScoreConfig) -> str:
     if is_finished(out):
         status.mend(out)
         return _summary(config, out, plan, read_manifest(out), "was complete already")
+    if config.gpu and plan.settings["engine"] == "openvino":
+        raise UsageError(f"--gpu: {out.uri} was planned for CPUs, with OpenVINO; go on without --gpu")
     status.begin(out)
     left, shards = _left(out)
     if left["done"]:

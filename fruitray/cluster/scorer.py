@@ -17,6 +17,7 @@ import ray.data
 import torch
 from ray import ObjectRef
 
+from fruitray.backbones import reserved_device
 from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import cpus_per_gpu, say_who_waits, worker_count
 from fruitray.cluster.runtime import stream
@@ -24,7 +25,7 @@ from fruitray.commit import commit, read_plan
 from fruitray.config import ScoreConfig
 from fruitray.console import progress, say
 from fruitray.engines import EngineName
-from fruitray.errors import ImageError, OutputConflictError, TryAgainError, UsageError
+from fruitray.errors import ImageError, OutputConflictError, TryAgainError
 from fruitray.images import fetch
 from fruitray.inputs import INPUTS, LISTS, entries, uris
 from fruitray.isolate import RGB, IsolatedPool
@@ -133,10 +134,7 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig, engine: EngineName, cpus: int, shards: Sequence[ObjectRef] = ()) -> None:
         torch.set_num_threads(1)
-        if config.gpu and not torch.cuda.is_available():
-            raise UsageError(
-                "--gpu: PyTorch sees no GPU on a node that Ray gives one of; see its driver, and its torch"
-            )
+        reserved_device(gpu=config.gpu)
         self._shards = shards
         self._config, self._package = config, load_package(config.package)
         self._predictor = Predictor(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from fruitray.backbones import parameter_counts, pick_device, rebuilt, trained_part
+from fruitray.backbones import parameter_counts, rebuilt, reserved_device, trained_part
 from fruitray.checkpoints import Pace, to_bytes
 from fruitray.cluster.embed import initial_model
 from fruitray.config import FitConfig, ModelConfig
@@ -96,7 +96,7 @@ def train(
     config, fit_config = ModelConfig(**space["trial"]["model"]), FitConfig(**space["trial"]["fit"])
     index = read_index(space["index"], space["index_sha256"])
     initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
-    device = pick_device(gpu=space["gpu"])
+    device = reserved_device(gpu=space["gpu"])
     pool = index.pool()
     parts = _held_out(pool, space["folds"], fit_config.seed)
     truth = [torch.tensor(pool.labels)[part] for part in parts]

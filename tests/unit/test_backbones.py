@@ -29,7 +29,9 @@ from fruitray.backbones import (
     layer_summary,
     parameter_counts,
     parameter_groups,
+    pick_device,
     rebuilt,
+    reserved_device,
     skeleton,
     trained_part,
     unfreeze,
@@ -627,3 +629,16 @@ def test_real_weights_load_and_tell_photos_apart(shared_weights: Path, backbone:
     assert embeddings.shape == (4, 1280)
     assert embeddings.isfinite().all()
     assert torch.nn.functional.cosine_similarity(embeddings[:1], embeddings[1:]).max() < 0.999
+
+
+def test_a_worker_whose_gpu_cannot_be_used_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(gpu=True) == reserved_device(gpu=False) == torch.device("cpu")
+    with pytest.raises(UsageError, match="sees no GPU"):
+        reserved_device(gpu=True)
+
+
+def test_a_network_of_timm_without_a_head_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(timm.models.ResNet, "reset_classifier")
+    with pytest.raises(UsageError, match="--backbone timm/resnet18: is no classifier"):
+        new("timm/resnet18")

@@ -18,7 +18,7 @@ from fruitray.errors import DivergedError, UsageError
 from fruitray.fit import Epoch, Pause, evaluate, fit, fit_with_pauses
 from fruitray.metrics import confusion
 from fruitray.preprocess import Preprocessing
-from fruitray.steps import use_threads
+from fruitray.steps import cut, prepare, use_threads
 from tests.unit.runs import through_a_file
 
 CPU = torch.device("cpu")
@@ -230,8 +230,12 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_keeps_the_batch() -> 
     "told",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+        "GET was unable to find an engine to execute this computation",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA driver error: out of memory",
+        "NCCL Error 1: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     ],
 )
 def test_what_cuda_and_its_libraries_call_no_memory_is_out_of_memory(told: str) -> None:
@@ -619,3 +623,26 @@ def test_numbers_below_the_least_normal_one_are_zero_in_every_thread() -> None:
 
     assert not products[0].any()
     assert torch.tensor(1e-30) * 1e-10 > 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("together", [16, 13, 7])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_parts_of_all_workers_are_those_of_one(parts: int, together: int, world: int) -> None:
+    batch = torch.arange(together)
+    cuts = [cut(batch[rank::world], parts, together=together, rank=rank, world=world) for rank in range(world)]
+    for whole, shares in zip(batch.tensor_split(parts), zip(*cuts, strict=True), strict=True):
+        assert torch.cat(shares).sort().values.tolist() == whole.tolist()
+        assert all(len(share) for share in shares)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_full_precision_is_no_tf32(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", full)
+    before = torch.get_float32_matmul_precision()
+    try:
+        prepare(torch.device("cuda"), FitConfig(full_precision=full))
+        assert torch.get_float32_matmul_precision() == ("highest" if full else "high")
+        assert torch.backends.cudnn.allow_tf32 is not full
+    finally:
+        torch.set_float32_matmul_precision(before)
