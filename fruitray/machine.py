@@ -39,6 +39,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FRUITRAY_CACHE") or Path(tempfile.gettempdir()) / f"fruitray-cache-{os.getuid()}")
 
 
+def cache_disk() -> Path:
+    """The folder nearest to `cache_folder` that is there already: it lies on the same disk."""
+    folder = cache_folder()
+    return next(one for one in (folder, *folder.parents) if os.path.exists(one))
+
+
 def make_cache_folder() -> Path:
     """`cache_folder`, which is there then.
 

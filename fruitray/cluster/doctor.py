@@ -18,7 +18,7 @@ from fruitray.cluster.connection import HERE, left_behind, require_answer
 from fruitray.config import DoctorConfig
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError
-from fruitray.machine import cache_folder, versions
+from fruitray.machine import cache_disk, cache_folder, versions
 from fruitray.s3 import endpoint
 from fruitray.storage import open_storage
 
@@ -67,9 +67,8 @@ def _machine() -> Iterator[Row]:
         "what": "computes in",
         "is": "bfloat16, where that is allowed" if quick else "float32: bfloat16 is no faster here",
     }
-    cache = cache_folder()
-    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
-    yield {"what": "decoded photos", "is": f"{cache}, {shutil.disk_usage(there).free / 1e9:,.0f} GB free"}
+    free = shutil.disk_usage(cache_disk()).free
+    yield {"what": "decoded photos", "is": f"{cache_folder()}, {free / 1e9:,.0f} GB free"}
     kept = sorted(file.name for file in Path(torch.hub.get_dir(), "checkpoints").glob("*.pth"))
     yield {
         "what": "weights",

@@ -82,7 +82,8 @@ class _Embedder:
         self._model.full_precision = full_precision
         self._photos, self._beside, self._key = open_input(images), index_place(index_uri)[0], key
         self._device = reserved_device(gpu=gpu)
-        allow_tf32(not full_precision)
+        if self._device.type == "cuda":
+            allow_tf32(not full_precision)
 
     def __call__(self, task: pa.Table) -> pa.Table:
         [row] = task.to_pylist()

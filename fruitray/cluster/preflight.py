@@ -19,7 +19,7 @@ from fruitray.cluster.runtime import on_node
 from fruitray.console import show_table
 from fruitray.errors import FruitrayError, TryAgainError, UsageError
 from fruitray.index import Index
-from fruitray.machine import cache_folder, versions
+from fruitray.machine import cache_disk, versions
 from fruitray.storage import LocalStorage, open_storage
 
 ANSWER_S = 60
@@ -105,8 +105,7 @@ def _look(places: Sequence[str]) -> Seen:
         except FruitrayError as error:
             refused = refused or error
         slowest = max(slowest, 1000 * (time.perf_counter() - start))
-    folder = cache_folder()
-    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    there = cache_disk()
     free = shutil.disk_usage(there).free if os.access(there, os.W_OK) else 0
     return Seen(slowest, refused, free, versions(), time.time())
 
