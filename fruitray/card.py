@@ -140,4 +140,4 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     said = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return " ".join(re.sub(r"([\\`*\[\]<&|])", r"\\\1", said).split())
+    return " ".join(re.sub(r"([\\`*_~\[\]<&|])", r"\\\1", said).split())

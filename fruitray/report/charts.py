@@ -42,6 +42,8 @@ _STYLE: Any = {
 
 LONGEST = 28
 """Letters of a name in a chart."""
+WIDEST = 60
+"""And in a legend, which has a line for it."""
 
 Points = tuple[Sequence[float], Sequence[float]]
 """x and y of each point."""
@@ -57,7 +59,7 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, says: str, marks: Map
         if marks and name in marks and marks[name] in xs:
             at = list(xs).index(marks[name])
             axes.plot(xs[at], ys[at], "o", color=colour, markersize=6)
-    _legend(axes, list(series))
+    _legend(figure, axes, list(series))
     return _svg(figure, says)
 
 
@@ -67,11 +69,11 @@ def curves(groups: Mapping[str, Sequence[tuple[Sequence[float], int]]], *, x: st
     figure, axes = _axes(x, y)
     for number, (name, members) in enumerate(groups.items()):
         for place, (ys, best) in enumerate(members):
-            colour, label = _colour(number), None if place else _short(name)
+            colour, label = _colour(number), None if place else _short(name, WIDEST)
             axes.plot(range(1, len(ys) + 1), ys, _dashes(number), label=label, color=colour, linewidth=1.0, alpha=0.8)
             if 0 < best <= len(ys):
                 axes.plot(best, ys[best - 1], _marker(number), color=colour, markersize=4)
-    _legend(axes, list(groups))
+    _legend(figure, axes, list(groups))
     return _svg(figure, says)
 
 
@@ -81,12 +83,12 @@ def scatter(groups: Mapping[str, Points], *, x: str, y: str, says: str) -> Marku
     figure, axes = _axes(x, y)
     for number, (name, (xs, ys)) in enumerate(groups.items()):
         form, colour = _marker(number), _colour(number)
-        axes.scatter(xs, ys, color=colour, label=_short(name), s=28, marker=form, alpha=0.85, linewidths=0)
+        axes.scatter(xs, ys, color=colour, label=_short(name, WIDEST), s=28, marker=form, alpha=0.85, linewidths=0)
     every = [value for xs, _ in groups.values() for value in xs if value > 0]
     if max(every) > 10 * min(every):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    _legend(axes, list(groups))
+    _legend(figure, axes, list(groups))
     return _svg(figure, says)
 
 
@@ -126,7 +128,7 @@ def histogram(groups: Mapping[str, Sequence[float]], *, x: str, y: str, says: st
             label=name,
             linewidth=1.6,
         )
-    _legend(axes, list(groups))
+    _legend(figure, axes, list(groups))
     return _svg(figure, says)
 
 
@@ -137,7 +139,7 @@ def reliability(confidences: Sequence[float], shares: Sequence[float], *, says: 
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="as sure as right")
     axes.plot(confidences, shares, color=_colour(0), marker="o", markersize=4, linewidth=1.6, label="this model")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    _legend(axes, ["", ""])
+    _legend(figure, axes, ["", ""])
     return _svg(figure, says)
 
 
@@ -161,13 +163,16 @@ def _dashes(number: int) -> str:
     return ("-", "--", ":", "-.")[number // len(SERIES) % 4]
 
 
-def _short(name: str) -> str:
+def _short(name: str, longest: int = LONGEST) -> str:
     """What there is room for; tables have the whole name."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-def _legend(axes: Axes, names: Sequence[str]) -> None:
-    if len(names) > 1:
+def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    if len(names) > 2:  # within, they would hide points
+        figure.set_figheight(figure.get_figheight() + 0.18 * len(names))
+        figure.legend(loc="outside lower left", fontsize=8)
+    elif len(names) > 1:
         axes.legend(loc="best", fontsize=8)
 
 

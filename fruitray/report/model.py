@@ -97,7 +97,10 @@ def _sureness(output: Output, metrics: dict[str, Any]) -> list[Block]:
         Chart(
             "confidences",
             charts.histogram(
-                groups, x="confidence", y="share of the photos", says="Steps: confidences of right and of wrong answers"
+                groups,
+                x="confidence",
+                y="share of the right, of the wrong",
+                says="Steps: confidences of right and of wrong answers",
             ),
         ),
         Text(said),

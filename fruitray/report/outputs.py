@@ -1,5 +1,6 @@
 """What a run has written, and where: what lies in the places that are given, and what those say they were made from."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,11 @@ class Output:
     options: dict[str, Any] = field(default_factory=dict)
     """As the job keeps them in JOB.json; in groups, as `model` and `fit`."""
     status: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file by which it is known: it names this index, or this model."""
+        return hashlib.sha256(self.storage.read(SIGNS[self.job])).hexdigest()
 
     def json(self, key: str) -> dict[str, Any]:
         """What the file `key` says; empty where there is none, or none that says anything."""

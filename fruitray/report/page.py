@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jinja2
 
 from fruitray import __version__
+from fruitray.commit import read_plan
 from fruitray.errors import FruitrayError, NoInputError
 from fruitray.report.blocks import Section, Table, Text
 from fruitray.report.outputs import Output, find_outputs
@@ -45,10 +47,22 @@ def _section(job: str, outputs: dict[str, Output]) -> Section:
         "score": lambda: scoring(output, outputs.get("train")),
     }
     try:
-        return made[job]()
+        section, warning = made[job](), _mismatch(output, outputs)
+        return replace(section, blocks=[Text(warning), *section.blocks]) if warning else section
     except Exception as error:  # of many types: what lies there may be anybody's, or half of it gone
         said = str(error) if isinstance(error, FruitrayError) else f"{type(error).__name__}: {error}"
         return Section(job, job, "This part could not be read.", [Text(said)])
+
+
+def _mismatch(output: Output, outputs: dict[str, Output]) -> str:
+    """What the page shows of another index or model than `output` was made from, in a sentence; empty for nothing."""
+    index, model = outputs.get("prepare"), outputs.get("train")
+    known = output.options.get("index_sha256")
+    if output.job in ("tune", "train") and index and known and index.sha256 != known:
+        return "This was made from another index than this page shows, as where the photos were prepared anew since."
+    if output.job == "score" and model and model.sha256 != read_plan(output.storage).settings["model_id"]:
+        return "These rows are of another model than this page shows, as where one was trained anew since."
+    return ""
 
 
 def render(title: str, sections: Sequence[Section]) -> bytes:
@@ -86,7 +100,7 @@ def _job(output: Output) -> dict[str, Any]:
         "job": output.job,
         "state": said.get("state"),
         "started": _time(said.get("started")),
-        "took": _took(said),
+        "took, s": _took(said),
         "where": output.storage.uri,
         "versions": ", ".join(f"{name} {number}" for name, number in dict(said.get("versions") or {}).items()),
     }
@@ -98,11 +112,11 @@ def _time(stamp: str | None) -> str:
     return ""
 
 
-def _took(said: dict[str, Any]) -> str:
+def _took(said: dict[str, Any]) -> int | None:
     with suppress(KeyError, TypeError, ValueError):
-        seconds = (datetime.fromisoformat(said["updated"]) - datetime.fromisoformat(said["started"])).total_seconds()
-        return f"{seconds:,.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min"
-    return ""
+        start, end = (datetime.fromisoformat(said[name]) for name in ("started", "updated"))
+        return round((end - start).total_seconds())
+    return None
 
 
 def _file(name: str) -> str:

@@ -1,5 +1,6 @@
 """What `prepare` found: the photos by class, size and split, the odd ones, copies, labels that look wrong."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fruitray.audit import sizes, summary
+from fruitray.audit import duplicate_groups, sizes, summary
 from fruitray.index import Index, read_index
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Gallery, Picture, Section, Table, Text
@@ -24,26 +25,27 @@ charts and tables by class."""
 def photos(output: Output) -> Section:
     """The section on the photos."""
     index = read_index(output.storage.uri)
-    found, suspects = summary(index.table), _suspects(output)
-    by_size = sizes(index.table)
-    samples, odd, groups = _samples(index), _odd(index.table), _groups(found["duplicate_groups"])
+    found, suspects = summary(index.table), _suspects(output, index.sha256)
+    by_size = sizes(index.table, SHOWN)
+    samples, odd, groups = _samples(index), _odd(index.table), _groups(every := duplicate_groups(index.table))
     shown = [*samples, *odd, *(file["uri"] for group in groups for file in group["files"])]
     shown += [row["uri"] for row in suspects[:SHOWN]]
     small = thumbnails(index.images, shown)
     labels = dict(zip(index.table["uri"].to_pylist(), index.table["label"].to_pylist(), strict=True))
+    first = f", the first {ROWS} classes by name" if len(found["classes"]) > ROWS else ""
     blocks: list[Block] = [
-        Chart("photos by class and split", _by_class(found["classes"])),
+        Chart(f"photos by class and split{first}", _by_class(found["classes"])),
         Table("photos by class and split", found["classes"][:ROWS], len(found["classes"])),
         Gallery("some of the photos", [_picture(uri, small, [labels[uri] or ""]) for uri in samples]),
-        Table("photos by size", _narrow(by_size[:SHOWN]), len(by_size)),
+        Table("photos by size", _narrow(by_size), _size_count(index.table)),
         *(_small_table(title, found[name]) for title, name in _TABLES.items() if found[name]),
         Table("left out, by rule", [_excluded(row) for row in _narrow(found["excluded"])]),
     ]
     if odd:
         blocks.append(Gallery("unusual photos", [_picture(uri, small, [", ".join(why)]) for uri, why in odd.items()]))
     blocks += [_group(group, small, labels) for group in groups]
-    if len(found["duplicate_groups"]) > len(groups):
-        blocks.append(Text(f"{len(found['duplicate_groups']) - len(groups):,} more groups stand in audit.json."))
+    if len(every) > len(groups):
+        blocks.append(Text(f"{len(every) - len(groups):,} more groups stand in the index, in the column group."))
     if suspects:
         blocks.append(
             Gallery("labels that look wrong, most suspect first", [_suspect(row, small) for row in suspects[:SHOWN]])
@@ -70,6 +72,10 @@ def _by_class(rows: Sequence[Mapping[str, Any]]) -> Any:
     shown = {str(row["label"]): {part: row[part] for part in parts} for row in rows[:ROWS]}
     said = ", ".join(f"{name} {sum(parts.values()):,}" for name, parts in shown.items())
     return charts.stacked(shown, x="photos", says=f"Bars of photos by class and split: {said}")
+
+
+def _size_count(table: pa.Table) -> int:
+    return int(table.filter(pc.equal(table["status"], "ok")).group_by(["width", "height"]).aggregate([]).num_rows)
 
 
 def _small_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -128,10 +134,13 @@ def _standing(what: str | None) -> str:
     return {"conflict": "left out: conflict", "duplicate": "left out: copy"}.get(what or "", what or "")
 
 
-def _suspects(output: Output) -> list[dict[str, Any]]:
+def _suspects(output: Output, index: str) -> list[dict[str, Any]]:
     if not output.storage.exists(SUSPECTS):
         return []
     table = output.table(SUSPECTS)
+    made: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"fruitray", b"{}"))
+    if made.get("index") != index:
+        return []  # `prepare` without --probe leaves what an earlier one found
     rows: list[dict[str, Any]] = table.filter(table["likely_wrong"]).sort_by("rank").to_pylist()
     return rows
 

@@ -1,6 +1,5 @@
 """What `score` wrote: how many rows of which kind, how sure, how fast, what failed, and how unlike the training."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,7 +100,7 @@ def _drift(labels: Counter[str], sample: pa.Table, model: Output | None, model_i
     described = model.json(SIGNS["train"]) if model else {}
     if model is None or "index" not in described or not sample["confidence"].drop_null():
         return []
-    if hashlib.sha256(model.storage.read(SIGNS["train"])).hexdigest() != model_id:
+    if model.sha256 != model_id:
         return []  # it was trained anew since
     trained = described["index"]["train"]
     try:

@@ -261,12 +261,12 @@ def test_the_card_and_the_console_tell_the_figures(capsys: pytest.CaptureFixture
 
 
 def test_a_name_cannot_break_the_card() -> None:
-    found, _ = evaluated(*calibrated(50), names=("a|b", "two\nlines", "<b>c</b>", "recall"))
+    found, _ = evaluated(*calibrated(50), names=("a|b", "two\nlines", "<b>c</b>", "__init__"))
     card = model_card(network(CONFIG), CONFIG, FACTS, found, "m")
     assert "a\\|b" in card
     assert "| two lines |" in card
     assert "<b>" not in card.replace("\\<", "")
-    assert card.splitlines()[0].endswith("a\\|b, two lines, \\<b>c\\</b>, recall")
+    assert card.splitlines()[0].endswith("a\\|b, two lines, \\<b>c\\</b>, \\_\\_init\\_\\_")
 
 
 def test_a_confusion_table_has_each_count_whatever_the_classes_are_called() -> None:

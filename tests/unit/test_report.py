@@ -1,6 +1,8 @@
 """The page of a run: found by what lies where, whole where parts are missing; wild names are only ever text."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from fruitray.commit import commit, finish, read_shards, write_plan
 from fruitray.errors import NoInputError
-from fruitray.index import read_index
+from fruitray.index import read_index, write_index
 from fruitray.inputs import INPUTS, uris
+from fruitray.report import charts
 from fruitray.report.outputs import find_outputs
 from fruitray.report.page import FILE, write_report
 from fruitray.scores import schema
@@ -25,6 +28,7 @@ from tests.unit.runs import write_photos_and_index
 
 WILD = "<img src=x>$x_1$ & \"'"
 SETTINGS = {"model_id": "0" * 64, "classes": ["cherry", WILD], "engine": "eager", "embeddings": False}
+PACKAGE = b'{"classes": ["cherry"]}'
 
 
 def write_scores(folder: Path, photos: int, *, labels: tuple[str, ...] = ("cherry", WILD)) -> None:
@@ -182,14 +186,82 @@ def test_photos_that_are_gone_leave_a_page_without_them(tmp_path: Path) -> None:
 def test_labels_that_look_wrong_are_shown_and_others_not(tmp_path: Path) -> None:
     index = write_photos_and_index(tmp_path)
     uris = read_index(index).table["uri"].to_pylist()
-    for wrong in ({}, {"likely_wrong": True}):
+    current = read_index(index).sha256
+    for wrong, probed in (({}, current), ({"likely_wrong": True}, current), ({"likely_wrong": True}, "an earlier one")):
         doubt = {"label_confidence": 0.04, "suggested": "tomato", "suggested_confidence": 0.96, "likely_wrong": False}
         rows = [{"rank": number, "uri": uri, "label": "cherry", **doubt} for number, uri in enumerate(uris, 1)]
         rows[0] |= wrong
-        write_suspects(open_storage(index), pa.Table.from_pylist(rows, SUSPECTS), {})
+        write_suspects(open_storage(index), pa.Table.from_pylist(rows, SUSPECTS), {"index": probed})
         page = write_report([index]).decode()
-        assert ("labels that look wrong" in page) == bool(wrong)
-        assert page.count("rather tomato (96%)") == len(wrong)
+        shown = wrong != {} and probed == current
+        assert ("labels that look wrong" in page) == shown
+        assert page.count("rather tomato (96%)") == shown
+
+
+def test_what_was_made_from_another_index_or_model_says_so(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    write_trials(tmp_path / "tune", 2)
+    write_scores(tmp_path / "scores", 10)
+    package = open_storage(f"{tmp_path}/model")
+    for known, plan, said in (
+        (read_index(index).sha256, SETTINGS["model_id"], [False, True]),
+        ("an earlier one", hashlib.sha256(PACKAGE).hexdigest(), [True, False]),
+    ):
+        options = json.dumps({"index": index, "index_sha256": known})
+        open_storage(f"{tmp_path}/tune").write("tune.json", options.encode())
+        package.write("package.json", PACKAGE)
+        planned = tmp_path / "scores" / "_fruitray" / "plan.json"
+        planned.write_text(planned.read_text().replace(str(SETTINGS["model_id"]), plan))
+        page = write_report([f"{tmp_path}/tune", f"{tmp_path}/scores", f"{tmp_path}/model", index]).decode()
+        found = [words in page for words in ("made from another index", "of another model than this page shows")]
+        assert found == said
+
+
+def test_of_more_groups_than_are_listed_those_across_classes_come_first(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    rows = [
+        {
+            "uri": f"/p/{label}/{group}-{number}.png",
+            "label": label,
+            "status": "ok",
+            "group": f"{group:016x}",
+            "sha256": f"{group}-{number}",
+            "excluded": "duplicate",
+        }
+        for group in range(1_100)
+        for number, label in enumerate(("cherry", "tomato") if group == 7 else ("cherry",) * 3)
+    ]
+    table = read_index(index).table
+    write_index(open_storage(index), pa.concat_tables([table, pa.Table.from_pylist(rows, table.schema)]), "/p")
+    page = write_report([index]).decode()
+    assert "in several classes" in page
+    assert "1,112 more groups stand in the index" in page
+
+
+def test_classes_that_have_no_room_or_no_name_are_said(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    row = {"status": "ok", "split": "train", "width": 8, "height": 8}
+    rows = [{"uri": f"/p/{number}/1.png", "label": f"{number}", **row} for number in range(40)]
+    rows.append({"uri": "/p/1.png", "status": "ok", "excluded": "no_label", "width": 8, "height": 8})
+    write_index(open_storage(index), pa.Table.from_pylist(rows, read_index(index).table.schema), "/p")
+    page = write_report([index]).decode()
+    assert "photos by class and split, the first 30 classes by name" in page
+    assert '<button type="button">(none)</button>' in page
+    assert '<button type="button"></button>' not in page
+
+
+def height_of(chart: str) -> float:
+    found = re.search(r'viewBox="0 0 \S+ (\S+)"', chart)
+    assert found
+    return float(found[1])
+
+
+def test_a_legend_of_several_stands_below_with_names_that_differ() -> None:
+    names = [f"timm/vit_small_patch16_224.{data} (last layer)" for data in ("augreg_in1k", "augreg_in21k", "dino")]
+    drawn = charts.scatter({name: ([1.0], [0.5]) for name in names}, x="minutes", y="accuracy", says="points")
+    assert all(name in drawn for name in names)
+    alone = charts.scatter({"a": ([1.0], [0.5])}, x="minutes", y="accuracy", says="a point")
+    assert height_of(drawn) > height_of(alone)
 
 
 def test_a_place_that_no_job_has_written_to_is_said(tmp_path: Path) -> None:
