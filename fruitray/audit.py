@@ -157,11 +157,12 @@ def hints(table: pa.Table, root: str) -> list[str]:
         for some in alike.values()
         if len(some) > 1
     ]
-    first, *others = inner.values() or [set()]
-    if others and all(found == first for found in others) and len(first) > 1 and "" not in first:
-        classes, folders = (", ".join(sorted(names)[:3]) for names in (inner, first))
+    nested = [folders for found in inner.values() if (folders := found - {""})]  # "": files lie there, too
+    same = set.intersection(*nested) if len(nested) > max(1, len(inner) / 2) else set()
+    if len(same) > 1:
+        classes, within = (", ".join(sorted(names)[:3]) for names in (inner, same))
         said.append(
-            f"the classes are the first folders ({classes}), and each holds the same folders ({folders}): if those are "
+            f"the classes are the first folders ({classes}), and these hold the same folders ({within}): if those are "
             "the classes, let --images name one of the first"
         )
     return said

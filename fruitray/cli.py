@@ -108,9 +108,10 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             said, code, worth_a_look = "interrupted", status.INTERRUPTED, False
         except SystemExit as ended:
-            if not (as_json and ended.code == UsageError.exit_code):
+            if ended.code != UsageError.exit_code:
                 raise
-            said, code, worth_a_look = "wrong options: see the standard error", UsageError.exit_code, False
+            where = "the standard error" if as_json else "above"
+            said, code, worth_a_look = f"wrong options: see {where}", UsageError.exit_code, False
         except Exception as error:
             ours = find_ours(error)
             if ours is None:

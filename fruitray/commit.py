@@ -157,6 +157,8 @@ def read_shards(out: Storage, plan: Plan) -> dict[str, pa.Table]:
     if plan.inputs != _inputs_key(data):
         raise OutputConflictError(out.uri_of(plan.inputs), "is not what was planned")
     table = read_parquet(out.uri_of(plan.inputs), data)
+    if table.column_names != ["part", *INPUTS.names]:
+        raise OutputConflictError(out.uri_of(plan.inputs), "was planned by another version of fruitray")
     runs = pc.run_end_encode(table["part"].combine_chunks())
     ends, inputs = runs.run_ends.to_pylist(), table.select(INPUTS.names)
     slices = [inputs.slice(start, end - start) for start, end in pairwise([0, *ends])]

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from fruitray.errors import UsageError
 
@@ -441,6 +442,8 @@ class ScoreConfig:
     images: tuple[str, ...]
     """Folders or s3:// prefixes, every file below which is an input; or lists: .parquet or .csv files with a column
     `uri` (and perhaps `label`, `etag`, `bytes`), such as an index."""
+    split: Literal["train", "val", "test"] | None = None
+    """Of indexes, only the photos of this split, as those that `prepare --test-fraction` keeps from all training."""
     out: str
     """Folder or s3:// prefix for data/part-*.parquet, manifest.json and _SUCCESS. The same command again resumes."""
     top_k: int = 3
@@ -583,14 +586,16 @@ def resolved(config: Any) -> Any:
 
 
 def _in_one_way(name: str, place: str) -> str:
-    shown = os.fsencode(place).decode(errors="backslashreplace")
-    require(shown == place, name, shown, "its name is not UTF-8: rename it")
     scheme, separator, rest = place.partition("://")
     if separator and scheme != "file":
-        return f"{scheme}://{rest.rstrip('/')}"
-    path = rest if separator else place
-    require(path != "", name, repr(place), "must name a place")
-    return os.path.abspath(os.path.expanduser(path))
+        place = f"{scheme}://{rest.rstrip('/')}"
+    else:
+        path = unquote(rest) if separator else place
+        require(path != "", name, repr(place), "must name a place")
+        place = os.path.abspath(os.path.expanduser(path))
+    shown = os.fsencode(place).decode(errors="backslashreplace")
+    require(shown == place, name, shown, "its name is not UTF-8: rename it")
+    return place
 
 
 def to_json(config: Any) -> bytes:

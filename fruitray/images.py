@@ -30,7 +30,7 @@ from fruitray.errors import (
     NotFoundError,
     StorageError,
 )
-from fruitray.storage import Entry, Storage
+from fruitray.storage import Entry, Storage, is_hidden
 
 MAX_BYTES = 64 * 2**20
 MAX_AHEAD = 4 * MAX_BYTES
@@ -103,14 +103,6 @@ def list_images(storage: Storage) -> tuple[list[Entry], int]:
     return entries, skipped
 
 
-def is_hidden(key: str) -> bool:
-    """Whether a key names a folder marker, a hidden file, or a file in a hidden folder: no input."""
-    return key.endswith("/") or any(_HIDDEN.match(part) for part in key.split("/"))
-
-
-_HIDDEN = re.compile(r"\.(?!\.?$)")  # in an object store, `.` and `..` are names like others
-
-
 def fetch(storage: Storage, entries: Sequence[Entry], threads: int = 16) -> Iterator[bytes | ImageError]:
     """Read each entry, many at once, in order. What is wrong with one object is its `ImageError`; a storage that fails
     as a whole raises (`TryAgainError`, `CredentialsError`, `EndpointError`)."""
@@ -176,7 +168,7 @@ def decode(data: bytes, enough: int = 0) -> Photo:
             if enough:
                 image.draft(None, (size[0] * enough // min(size), size[1] * enough // min(size)))
             image.load()
-            frames = int(getattr(image, "n_frames", 1))
+            frames = min(int(getattr(image, "n_frames", 1)), 2**31 - 1)  # what a file says may be more than int32 holds
             orientation = _orientation(image)
             upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
             size = size[::-1] if orientation > 4 else size  # it lies on its side
@@ -199,8 +191,12 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "WEBP": WebPImageFile,
 }
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
-_OTHER_FORMATS = (b"GIF8", b"II*\0", b"MM\0*", b"BM", b"%!PS", b"\xc5\xd0\xd3\xc6", b"\0\0\1\0", b"PK\3\4")
-_HEIF = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")  # what phones write; after four bytes of length
+_OTHER_FORMATS = (
+    *(b"GIF8", b"BM", b"%!PS", b"\xc5\xd0\xd3\xc6", b"\0\0\1\0", b"PK\3\4", b"8BPS", b"\0\0\0\x0cjP  "),
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF
+)
+_HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis"))
+"""What phones write; after four bytes of length."""
 
 
 def _sniff(data: bytes) -> str:
@@ -273,6 +269,8 @@ def _decode_error(error: Exception, whole: bool) -> ImageError:
         return image_error("E_TOO_LARGE", text)
     if isinstance(error, MemoryError):
         return image_error("E_DECODE_CRASH")
+    if whole and re.search("truncated .{4} chunk", text.lower()):  # of a PNG: says something beside the pixels
+        return image_error("E_METADATA", text)
     if not whole or "truncated" in text.lower():
         return image_error("E_TRUNCATED", text)
     if "decompressed data too large" in text.lower() or "text chunks" in text.lower():
@@ -301,7 +299,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: scaled, where Pillow's own convert would clip
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image)
+        shade = np.where(deep == image.info.get("transparency", -1), 255, deep >> 8)  # transparent: white
+        return Image.fromarray(shade.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

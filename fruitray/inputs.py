@@ -17,9 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from fruitray.errors import AccessDeniedError, CredentialsError, EndpointError, StorageError, UsageError
-from fruitray.images import is_hidden
 from fruitray.index import FILE, label_of
-from fruitray.storage import Entry, LocalStorage, Storage, open_file, open_storage
+from fruitray.storage import Entry, LocalStorage, Storage, is_hidden, open_file, open_storage
 
 INPUTS = pa.schema(
     [
@@ -40,16 +39,17 @@ MAX_NAMES = 2**31 - 1
 _CHUNK = 10_000
 
 
-def list_inputs(places: Sequence[str]) -> tuple[pa.Table, int]:
-    """All photos at `places` as `INPUTS`, each URI once; and how many hidden files and folder markers were skipped.
+def list_inputs(places: Sequence[str], split: str | None = None) -> tuple[pa.Table, int]:
+    """All photos at `places` as `INPUTS`, each URI once; of indexes those of `split` alone, if given. And how many
+    hidden files and folder markers were skipped.
 
     Raises:
-        UsageError: a list has no column `uri`, or there are too many photos.
+        UsageError: a list has no column `uri`, or none of splits where one is asked for, or there are too many photos.
         NotFoundError, AccessDeniedError, EndpointError: a place cannot be listed.
     """
     tables, skipped = [], 0
     for place in places:
-        table, hidden = _listed(place)
+        table, hidden = _listed(place, split)
         tables.append(table)
         skipped += hidden
     table = pa.concat_tables(tables)
@@ -79,13 +79,15 @@ def entries(inputs: pa.Table) -> list[tuple[str, Entry]]:
     return [(row.pop("root"), Entry(**row)) for row in rows]
 
 
-def _listed(place: str) -> tuple[pa.Table, int]:
+def _listed(place: str, split: str | None) -> tuple[pa.Table, int]:
     if place.endswith(LISTS):
-        return _of_list(*open_file(place)), 0
+        return _of_list(*open_file(place), split), 0
     storage = open_storage(place)
     storage.check()
     if storage.exists(FILE):
-        return _of_list(storage, FILE), 0
+        return _of_list(storage, FILE, split), 0
+    if split:
+        raise UsageError(f"--split {split}: {place} is no index, which would say what is in it")
     return _of_folder(storage)
 
 
@@ -112,8 +114,12 @@ def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
 # ---- Lists
 
 
-def _of_list(storage: Storage, key: str) -> pa.Table:
+def _of_list(storage: Storage, key: str, split: str | None) -> pa.Table:
     table = _read(storage.uri_of(key), storage.read(key))
+    if split and table["split"].null_count == table.num_rows:
+        raise UsageError(f"--split {split}: {storage.uri_of(key)} says of no photo which split has it")
+    if split:
+        table = table.filter(pc.equal(table["split"], split))
     chunks = [table.slice(start, _CHUNK) for start in range(0, table.num_rows, _CHUNK)]
     storages: dict[str, Storage] = {}
     lacking: set[str] = set()
@@ -156,13 +162,16 @@ def _read(uri: str, data: bytes) -> pa.Table:
         table = pq.read_table(file, page_checksum_verification=True) if uri.endswith(".parquet") else _read_csv(file)
         if table.column_names.count("uri") != 1:
             raise UsageError(f"--images {uri}: a list needs one column `uri`; it has {', '.join(table.column_names)}")
+        for name in table.column_names:
+            if (meant := name.strip().lower()) in _COLUMNS.names and meant not in table.column_names:
+                raise UsageError(f"--images {uri}: the column {name!r} would not be read; name it {meant!r}")
         for name in _COLUMNS.names:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
         table = table.select(_COLUMNS.names).cast(_COLUMNS)
     except (pa.ArrowException, OSError, KeyError) as error:  # Arrow's words for damage, and for a name that comes twice
         raise UsageError(f"--images {uri}: is no list: {error}") from error
-    if empty := table["uri"].null_count:
+    if empty := pc.sum(pc.fill_null(pc.equal(table["uri"], ""), True)).as_py():
         raise UsageError(f"--images {uri}: `uri` is empty in {empty} rows")
     return table
 
@@ -172,7 +181,7 @@ def _read_csv(file: io.BytesIO) -> pa.Table:
     return pyarrow.csv.read_csv(file, parse_options=quoted, convert_options=_AS_IS)
 
 
-_COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
+_COLUMNS = pa.schema([*((name, pa.string()) for name in ("uri", "label", "etag", "split")), ("bytes", pa.int64())])
 _AS_IS = pyarrow.csv.ConvertOptions(column_types=_COLUMNS, strings_can_be_null=True, null_values=[""])
 """Else 001 would be read as 1."""
 

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 
 from fruitray.commit import read_plan
 from fruitray.errors import OutputConflictError, UsageError
-from fruitray.images import PASSING, is_hidden
+from fruitray.images import PASSING
 from fruitray.inputs import INPUTS, uris
 from fruitray.scores import EMBEDDING, SCHEMA, schema
-from fruitray.storage import open_storage
+from fruitray.storage import is_hidden, open_storage
 from fruitray.tables import read_parquet
 
 ALIKE = ("model_id", "top_k", "embeddings", "full_precision")
@@ -50,19 +50,25 @@ class Earlier:
         if retry_errors:
             known = known.filter(pc.equal(known["status"], "ok"))
         known = known.filter(pc.invert(pc.match_substring_regex(pc.fill_null(known["error_code"], ""), PASSING)))
-        versions = pc.binary_join_element_wise(uris(inputs), inputs["etag"].combine_chunks(), "\n")
-        place = pc.index_in(versions, known["version"])
+        place = pc.index_in(_version(uris(inputs), inputs["etag"].combine_chunks()), known["version"])
         place = pc.if_else(pc.equal(inputs["etag"].combine_chunks(), ""), None, place)  # of a version nobody knows
         for name in ("known_part", "known_row"):
             inputs = inputs.set_column(INPUTS.get_field_index(name), INPUTS.field(name), known[name].take(place))
         return inputs
 
     def rows(self, inputs: pa.Table) -> pa.Table:
-        """The rows of inputs that are all marked, in their order."""
+        """The rows of inputs that are all marked, in their order.
+
+        Raises:
+            OutputConflictError: a part is another than when they were marked, as where the output was made anew.
+        """
         found = []
         for key in inputs["known_part"].unique().to_pylist():
-            of_part = inputs.filter(pc.equal(inputs["known_part"], key))
-            found.append(self._part(key).take(of_part["known_row"]))
+            of_part, part = inputs.filter(pc.equal(inputs["known_part"], key)), self._part(key)
+            there = part.take(of_part["known_row"].filter(pc.less(of_part["known_row"], part.num_rows)))
+            if not _versions_of(there).equals(_version(uris(of_part), of_part["etag"].combine_chunks())):
+                raise OutputConflictError(self._storage.uri_of(key), "was replaced since its rows were planned with")
+            found.append(there)
         rows = pa.concat_tables(found)
         return rows.take(pc.index_in(uris(inputs), rows["uri"]))
 
@@ -70,8 +76,13 @@ class Earlier:
         uri = self._storage.uri_of(key)
         table = read_parquet(uri, self._storage.read(key), _ASKED)
         _require_columns(uri, table, pa.schema([SCHEMA.field(name) for name in _ASKED]))
-        versions = pc.binary_join_element_wise(table["uri"], table["etag"], "\n")
-        columns = [versions, table["status"], table["error_code"], [key] * table.num_rows, range(table.num_rows)]
+        columns = [
+            _versions_of(table),
+            table["status"],
+            table["error_code"],
+            [key] * table.num_rows,
+            range(table.num_rows),
+        ]
         return pa.table(columns, schema=_KNOWN)
 
     def _part(self, key: str) -> pa.Table:
@@ -91,7 +102,21 @@ def _require_columns(uri: str, table: pa.Table, columns: pa.Schema) -> None:
         raise OutputConflictError(uri, "is no part that score wrote")
 
 
+def _versions_of(rows: pa.Table) -> pa.LargeStringArray:
+    return _version(rows["uri"].combine_chunks(), rows["etag"].combine_chunks())
+
+
+def _version(uri: pa.StringArray, etag: pa.StringArray) -> pa.LargeStringArray:
+    """What is the same for the same version of a photo; of many photos, more than a string column can count."""
+    wide = pa.large_string()
+    return pc.binary_join_element_wise(uri.cast(wide), etag.cast(wide), pa.scalar("\n", wide))
+
+
 _ASKED = ["uri", "etag", "status", "error_code"]
 _KNOWN = pa.schema(
-    [(name, pa.string()) for name in ("version", "status", "error_code", "known_part")] + [("known_row", pa.int32())]
+    [
+        ("version", pa.large_string()),
+        *((name, pa.string()) for name in ("status", "error_code", "known_part")),
+        ("known_row", pa.int32()),
+    ]
 )

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import boto3
+import botocore.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
@@ -56,7 +57,7 @@ class S3Storage(Storage):
     """A bucket, or a prefix in it."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
-        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
+        super().__init__(f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}")
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
         self._client = _client(read_timeout_s=30, attempts=6)
@@ -95,7 +96,7 @@ class S3Storage(Storage):
 
     @cached_property
     def _quick(self) -> QuickReader | None:
-        with suppress(ValueError):  # no credentials: boto3 has the words for it
+        with suppress(ValueError, BotoCoreError):  # no credentials: boto3 has the words for it
             return QuickReader(self._client, self._bucket, self._root)
         return None
 
@@ -176,11 +177,13 @@ _LOADER = create_loader()
 """Keeps botocore's description of S3, which each client would read anew: most of the time that making one takes."""
 
 
+_LoginError: Any = getattr(botocore.exceptions, "LoginError", SSOError)  # of `aws login`, which older botocore lacks
 _BAD_KEYS = {
     "InvalidAccessKeyId": "the access key is unknown to this store",
     "SignatureDoesNotMatch": "the secret key is wrong",
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is wrong",
+    "InvalidTokenId": "the session token is wrong, or has expired",  # MinIO
     "TokenRefreshRequired": "the session token has expired",
     "AuthorizationHeaderMalformed": "the region is wrong, or the key",
     "AccountProblem": "the account has a problem",
@@ -202,7 +205,7 @@ def _errors(uri: str) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError) as error:
         hint = "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
         raise CredentialsError(uri, hint) from error
-    except (CredentialRetrievalError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
+    except (CredentialRetrievalError, _LoginError, ProfileNotFound, SSOError, TokenRetrievalError) as error:
         raise CredentialsError(uri, one_line(error)) from error
     except (HTTPClientError, IncompleteReadError, HTTPConnectionError) as error:
         reason = f"no answer from {endpoint()} ({type(error).__name__}); does it run, is AWS_ENDPOINT_URL right?"
@@ -240,6 +243,9 @@ def endpoint(*, configured: bool = True) -> str:
 def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     code = error.response["Error"]["Code"]
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    if error.operation_name.startswith("AssumeRole"):  # STS, asked for credentials: nothing was asked of the object
+        passing = status >= 500 or code in ("Throttling", "IDPCommunicationError")
+        return (TryAgainError if passing else CredentialsError)(uri, one_line(error))
     if code == "NoSuchBucket":
         return NotFoundError(uri, "there is no such bucket; make it first, or see its name")
     if code == "NoSuchKey":

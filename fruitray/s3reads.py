@@ -16,7 +16,7 @@ from obstore.store import S3Store
 
 ATTEMPTS, PAUSE_S = 3, 60.0
 """After so many failures in a row, nothing is tried for so long."""
-_PLAIN = re.compile(r"(?!.*//)(?!(.*/)?\.{1,2}(/|$))[\w\-./ ()+,=@]+(?<!/)\Z")
+_PLAIN = re.compile(r"(?!/|.*//)(?!(.*/)?\.{1,2}(/|$))[\w\-./ ()+,=@]+(?<!/)\Z")
 """Keys that obstore takes as they are."""
 
 

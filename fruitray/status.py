@@ -106,8 +106,11 @@ def note(**run: Any) -> None:
 
 def mend(out: Storage) -> None:
     """As `begin`, where the job below `out` is done, but was killed before it could say so."""
-    if not out.exists(KEY) or json.loads(out.read(KEY))["state"] not in ("succeeded", "failed"):
-        with suppress(FruitrayError):  # it is done, whoever may write there
+    with suppress(FruitrayError):  # it is done, whoever may read or write there
+        ended = False
+        with suppress(ValueError, TypeError, KeyError):  # what stands there is damaged
+            ended = out.exists(KEY) and json.loads(out.read(KEY))["state"] in ("succeeded", "failed")
+        if not ended:
             begin(out)
 
 

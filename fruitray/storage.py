@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from fruitray.errors import (
     AccessDeniedError,
@@ -37,6 +38,16 @@ class Entry:
     etag: str
     kind: str = "file"
     """`file`, `symlink` or `special` (FIFO, device, socket); only a `file` is ever opened."""
+
+
+def is_hidden(key: str) -> bool:
+    """Whether a key names a folder marker, a hidden file or one that a system left, or lies in such a folder."""
+    return key.endswith("/") or any(_HIDDEN.match(part) for part in key.split("/"))
+
+
+_HIDDEN = re.compile(  # in an object store, `.` and `..` are names like others
+    r"\.(?!\.?$)|(lost\+found|\$RECYCLE\.BIN|System Volume Information|@eaDir|Thumbs\.db|desktop\.ini)$", re.IGNORECASE
+)
 
 
 class Storage(ABC):
@@ -105,7 +116,7 @@ def open_storage(uri: str) -> Storage:
     """The storage rooted at a local path, a `file://` URI or an `s3://bucket[/prefix]` URI."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
-        path = os.path.abspath(os.path.expanduser(rest if separator else uri))
+        path = os.path.abspath(os.path.expanduser(unquote(rest) if separator else uri))
         return LocalStorage(path)
     if scheme != "s3":
         raise UsageError(f"{uri!r} is not a place fruitray knows: give a local path or s3://bucket/prefix")
@@ -114,7 +125,7 @@ def open_storage(uri: str) -> Storage:
         raise UsageError(f"{uri!r} names no bucket: give s3://bucket/prefix")
     from fruitray.s3 import S3Storage  # on use: boto3 is slow to load, and a folder needs none of it
 
-    return S3Storage(bucket, prefix.rstrip("/"))
+    return S3Storage(bucket, prefix.removesuffix("/"))
 
 
 def require_answer(storage: Storage) -> None:
@@ -125,8 +136,9 @@ def require_answer(storage: Storage) -> None:
 
 def open_file(uri: str) -> tuple[Storage, str]:
     """The storage of the folder that holds the single object at `uri`, and the object's key in it."""
+    uri = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
     folder, separator, name = uri.rstrip("/").rpartition("/")
-    return open_storage((folder or "/") if separator else "."), name
+    return open_storage(f"{folder}/" if separator else "."), name
 
 
 class LocalStorage(Storage):
@@ -149,7 +161,7 @@ class LocalStorage(Storage):
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         path = os.path.join(self.uri, folder)
-        hidden = any(part[:1] == "." for part in folder.split("/"))  # as another user's bin, at the root of a disk
+        hidden = is_hidden(folder)  # as another user's bin, at the root of a disk
         passed_over = (NotFoundError, AccessDeniedError) if hidden else (NotFoundError,)  # the first: deleted meanwhile
         try:
             with _errors(path):
@@ -168,8 +180,9 @@ class LocalStorage(Storage):
             if stat.S_ISDIR(status.st_mode):
                 yield from self._walk(key)
             elif not _TEMPORARY.match(item.name):
-                _require_utf8(self.uri, key)
-                yield _entry(key, status)
+                if not is_hidden(key):
+                    _require_utf8(self.uri, key)
+                yield _entry(_as_text(key), status)
 
     def folders(self) -> Iterator[str]:
         with _errors(self.uri):
@@ -216,7 +229,11 @@ class LocalStorage(Storage):
             os.unlink(self.uri_of(key))
 
     def exists(self, key: str) -> bool:
-        return os.path.isfile(self.uri_of(key))
+        try:
+            with _errors(self.uri_of(key)):
+                return stat.S_ISREG(os.stat(self.uri_of(key)).st_mode)
+        except NotFoundError:
+            return False
 
     def sweep(self, prefix: str) -> None:
         with suppress(NotFoundError), _errors(self.uri_of(prefix)):
@@ -263,11 +280,13 @@ def _entry(key: str, status: os.stat_result) -> Entry:
 
 def _require_utf8(root: str, key: str) -> None:
     """A key becomes part of a URI in a table, verbatim; Linux allows file names that no text can hold."""
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(key).decode(errors="backslashreplace")
-        raise StorageError(f"{root}/{shown}", "has a name that is not UTF-8: rename it") from error
+    if (shown := _as_text(key)) != key:
+        raise StorageError(f"{root}/{shown}", "has a name that is not UTF-8: rename it")
+
+
+def _as_text(name: str) -> str:
+    """`name`, or where no text can hold it, one like it."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 _LASTING = (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)

@@ -32,7 +32,7 @@ def look(config: ScoreConfig, settings: Mapping[str, Any]) -> Iterator[dict[str,
         AccessDeniedError: their names may be listed, but not one of some may be read.
         UsageError: `--previous` is of another model, or of other settings.
     """
-    inputs, skipped = list_inputs(config.images)
+    inputs, skipped = list_inputs(config.images, config.split)
     if not inputs.num_rows:
         raise NoInputError(" ".join(config.images))
     _require_readable(inputs)

@@ -31,12 +31,12 @@ from fruitray.cluster.runtime import (
 from fruitray.config import PrepareConfig
 from fruitray.console import SHOWN, progress, say, show_table
 from fruitray.errors import NoInputError, UsageError
-from fruitray.images import is_hidden, list_images
+from fruitray.images import list_images
 from fruitray.index import FACTS, FILE, Index, known_facts, read_index, standing_hash, write_index
 from fruitray.isolate import Isolated
 from fruitray.rules import REASONS
 from fruitray.split import decide, require_classes, require_splits
-from fruitray.storage import Entry
+from fruitray.storage import Entry, is_hidden
 
 MIN_CHUNK, MAX_CHUNK = 128, 4096
 """Photos per task: few enough to show progress, enough for the driver, which keeps a record per task, to stay small."""

@@ -31,6 +31,7 @@ from fruitray.storage import Storage, open_storage
 
 METRICS = "metrics.json"
 DECIDING = (
+    "split",
     "top_k",
     "embeddings",
     "partition_by",

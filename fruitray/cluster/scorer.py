@@ -158,6 +158,8 @@ class Scorer:
         self._plan = read_plan(self._out)
         if self._package.model_id != self._plan.settings["model_id"]:
             raise OutputConflictError(config.package, "is not the model that was planned: it was replaced meanwhile")
+        if self._earlier:
+            self._earlier.require(self._plan.settings)  # it may have been replaced, too
 
     def __call__(self, task: pa.Table) -> pa.Table:
         return self.score(ray.get(self._shards[task["shard"][0].as_py()]))

@@ -61,7 +61,7 @@ def run(config: TrainConfig) -> str:
     """Train, or resume, and write the package; show its evaluation. A finished package is left as it is."""
     require_answer(index_place(config.index)[0])
     index = read_index(config.index)
-    out = open_output(config.out)
+    out = open_output(config.out, open_storage(index.images))
     require_ours(out, "train", config, index.sha256)
     if out.exists(DESCRIPTION) and not out.exists("train.json"):
         raise OutputConflictError(out.uri_of(DESCRIPTION), "was not trained here; choose another --out")

@@ -33,7 +33,7 @@ from fruitray.index import Index, index_place, read_index
 from fruitray.package import Package
 from fruitray.search import Network, Trial, Walk, draw_trials, networks, settings, within
 from fruitray.split import require_folds
-from fruitray.storage import Storage, require_answer
+from fruitray.storage import Storage, open_storage, require_answer
 from fruitray.tables import parquet
 from fruitray.trials import SCHEMA, announce, rank, show_sweeps, show_trials, table, unpack
 
@@ -42,7 +42,7 @@ def run(config: TuneConfig) -> str:
     """Run or resume the search; write `trials.parquet` and `best.json`; show the trials, best first."""
     require_answer(index_place(config.index)[0])
     index = read_index(config.index)
-    out = open_output(config.out)
+    out = open_output(config.out, open_storage(index.images))
     require_ours(out, "tune", config, index.sha256)
     place = place_for_ray(out)
     if config.folds:

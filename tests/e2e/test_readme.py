@@ -26,6 +26,8 @@ SMALL = ("--backbones", "cnn", "--trials", "1", "--image-size", "64", "--epochs"
 """What makes the first search quick, and the training of what it finds."""
 LONG = ("--dry-run",)
 """For the others."""
+HELD_OUT = ("--test-fraction", "0.2")
+"""For each `prepare`, as one of the commands scores the photos of `--split test`."""
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -52,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
     LocalStorage(str(here / "new")).write("0001.jpg", good)
     ran = set[str]()
     for job, arguments in commands():
-        more = () if job != "tune" else LONG if job in ran else SMALL
+        more = {"prepare": HELD_OUT, "tune": LONG if job in ran else SMALL}.get(job, ())
         code, printed = cluster.run(job, *arguments, *more, folder=here, page=True)
         assert code == 0, f"{job} {arguments}: {printed}"
         drawn = job in DRAWING and "--dry-run" not in (*arguments, *more)
@@ -64,6 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
 
 def test_each_command_leaves_what_the_text_says(folder: Path) -> None:
     assert pq.read_table(folder / "runs" / "scores" / "data").num_rows == 1
+    index = pq.read_table(folder / "runs" / "index" / "index.parquet", filters=[("split", "==", "test")])
+    assert pq.read_table(folder / "runs" / "test" / "data")["uri"].sort() == index["uri"].sort()
     for name in ("index/augment.png", "tune/best.json", "model/package.json", "onnx/model.onnx", "pt2/model.pt2"):
         assert (folder / "runs" / name).exists(), name
     for name in ("", "audit", "index", "tune", "model", "scores", "scores-2"):

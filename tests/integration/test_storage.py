@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -241,12 +242,15 @@ def test_a_store_that_ignores_the_condition_is_found_out(weak_aws: str) -> None:
         ("/tmp/photos/", "/tmp/photos"),
         ("/tmp/a/../photos", "/tmp/photos"),
         ("file:///tmp/photos", "/tmp/photos"),
+        ("file:///tmp/my%20photos", "/tmp/my photos"),
+        ("/tmp/my%20photos", "/tmp/my%20photos"),
         ("photos", f"{os.getcwd()}/photos"),
         ("~/photos", os.path.expanduser("~/photos")),
         ("s3://bucket", "s3://bucket"),
         ("s3://bucket/", "s3://bucket"),
         ("s3://bucket/a/b/", "s3://bucket/a/b"),
         ("s3://bucket//a", "s3://bucket//a"),
+        ("s3://bucket/a//", "s3://bucket/a/"),
     ],
 )
 def test_a_uri_leads_to_its_root(uri: str, root: str) -> None:
@@ -268,6 +272,8 @@ def test_a_uri_that_leads_nowhere_is_wrong_usage(uri: str) -> None:
         ("index.parquet", f"{os.getcwd()}/index.parquet"),
         ("s3://bucket/index.parquet", "s3://bucket/index.parquet"),
         ("s3://bucket/a/index.parquet", "s3://bucket/a/index.parquet"),
+        ("s3://bucket/a//index.parquet", "s3://bucket/a//index.parquet"),
+        ("file:///tmp/my%20a/index.parquet", "/tmp/my a/index.parquet"),
     ],
 )
 def test_a_file_is_found_in_its_folder(uri: str, found: str) -> None:
@@ -315,6 +321,14 @@ def test_a_name_that_is_no_text_is_named(local: LocalStorage, tmp_path: Path) ->
     str(caught.value).encode()
 
 
+def test_a_hidden_name_that_is_no_text_is_shown_as_one_like_it(local: LocalStorage, tmp_path: Path) -> None:
+    for name in (b".fr\xfcit.jpg", b".Trash/fr\xfcit.jpg"):
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b".")
+    assert [entry.key for entry in local.list()] == [".Trash/fr\\xfcit.jpg", ".fr\\xfcit.jpg"]
+
+
 def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b".")
     for name in ("missing", "file"):
@@ -357,19 +371,33 @@ def test_what_permissions_forbid_is_access_denied() -> None:
         (folder / "closed").chmod(0o755)
 
 
+def test_whether_a_file_is_there_is_not_answered_by_who_cannot_know() -> None:
+    with unprivileged() as folder:
+        (folder / "closed").mkdir()
+        (folder / "closed" / "a").touch()
+        (folder / "closed").chmod(0o000)
+        with pytest.raises(AccessDeniedError, match="Permission denied"):
+            open_storage(str(folder)).exists("closed/a")
+        (folder / "closed").chmod(0o755)
+        assert open_storage(str(folder)).exists("closed/a")
+        assert not open_storage(str(folder)).exists("closed/b")
+        assert not open_storage(str(folder)).exists("closed/a/b")
+
+
 def test_a_folder_that_cannot_be_looked_into_is_not_passed_over_unless_hidden() -> None:
     """Its names can be read (r), what lies there cannot (no x)."""
     with unprivileged() as folder:
-        for name in ("apple/2020", "pear", ".Trash-1000", ".Trash-1001/files", ".Trash-1002"):
+        for name in ("apple/2020", "pear", ".Trash-1000", ".Trash-1001/files", ".Trash-1002", "lost+found"):
             (folder / name).mkdir(parents=True)
             (folder / name / "1.jpg").touch()
-        for name, mode in ((".Trash-1000", 0o000), (".Trash-1001/files", 0o000), (".Trash-1002", 0o644)):
+        closed = ((".Trash-1000", 0o000), (".Trash-1001/files", 0o000), (".Trash-1002", 0o644), ("lost+found", 0o000))
+        for name, mode in closed:
             (folder / name).chmod(mode)
         assert keys(open_storage(str(folder))) == ["apple/2020/1.jpg", "pear/1.jpg"]
         (folder / "apple").chmod(0o644)
         with pytest.raises(AccessDeniedError, match="apple"):
             list(open_storage(str(folder)).list())
-        for name in ("apple", ".Trash-1000", ".Trash-1001/files", ".Trash-1002"):
+        for name in ("apple", *(name for name, _ in closed)):
             (folder / name).chmod(0o755)
 
 
@@ -488,7 +516,7 @@ def stubborn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
             def answer(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 reply = replies[min(len(asked), len(replies) - 1)]
-                asked.append((self.command, dict(self.headers)))
+                asked.append((self.command, {":path": self.path, **self.headers}))
                 self.send_response(reply.status)
                 for name, value in ({"Content-Length": str(len(reply.body))} | reply.headers).items():
                     self.send_header(name, value)
@@ -496,7 +524,7 @@ def stubborn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
                 self.wfile.write(reply.body[: len(reply.body) // 2] if reply.cut else reply.body)
                 self.close_connection = reply.cut
 
-            do_GET = do_PUT = do_HEAD = answer  # noqa: N815
+            do_GET = do_PUT = do_HEAD = do_POST = answer  # noqa: N815
 
             def log_message(self, *_: object) -> None: ...
 
@@ -541,6 +569,13 @@ def test_a_body_that_always_comes_short_is_a_passing_fault(stubborn: Stubborn, m
     assert len(asked) == 1 + 2  # obstore, then boto3 again and again
 
 
+@pytest.mark.parametrize("key", ["/a", "a//b", "a/../b", "a/./b", "a/", "a b/c+d=e.jpg"])
+def test_an_object_is_asked_for_by_its_own_name(stubborn: Stubborn, key: str) -> None:
+    asked = stubborn(OBJECT)
+    assert open_storage("s3://fruit").read(key) == OBJECT.body
+    assert [unquote(headers[":path"]) for _, headers in asked] == [f"/fruit/{key}"]
+
+
 def test_an_overloaded_store_is_asked_again(stubborn: Stubborn) -> None:
     stubborn(refusal(503, "SlowDown"), refusal(500, "InternalError"), OBJECT)
     assert open_storage("s3://fruit").read("a") == OBJECT.body
@@ -563,6 +598,7 @@ REFUSALS = [
     (403, "AllAccessDisabled", AccessDeniedError),
     (403, "InvalidObjectState", ArchivedError),
     (400, "ExpiredToken", CredentialsError),
+    (403, "InvalidTokenId", CredentialsError),
     (403, "RequestTimeTooSkewed", CredentialsError),
     (400, "InvalidRequest", StorageError),
     (501, "NotImplemented", StorageError),
@@ -579,6 +615,27 @@ def test_each_refusal_becomes_its_error_at_once(
     assert type(caught.value) is error
     assert "s3://fruit/a" in str(caught.value)
     assert len(asked) == 2  # obstore once, and boto3 once for the words
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (400, "ExpiredTokenException", CredentialsError),
+        (403, "AccessDenied", CredentialsError),
+        (400, "IDPCommunicationError", TryAgainError),
+    ],
+)
+def test_who_gets_no_keys_for_its_role_is_not_told_that_an_object_is_refused(
+    stubborn: Stubborn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, error: type[Exception]
+) -> None:
+    stubborn(Reply(status, b"<ErrorResponse>" + refusal(status, code).body + b"</ErrorResponse>"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("a token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/fruitray")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    with within(30), pytest.raises(error, match=code):
+        open_storage("s3://fruit").read("a")
 
 
 def test_a_store_that_stays_overloaded_is_a_passing_fault(stubborn: Stubborn) -> None:

@@ -214,6 +214,10 @@ def test_folders_that_may_not_be_the_classes_are_hinted_at() -> None:
     [hint] = said(*(f"{split}/{label}/{split}.jpg" for split in ("train", "test") for label in ("apple", "pear")))
     assert "test, train" in hint
     assert "apple, pear" in hint
+    nested = ["train/apple/1.jpg", "train/pear/2.jpg", "valid/apple/3.jpg", "valid/pear/4.jpg"]
+    [hint] = said(*nested, "train/_annotations.csv", "test/5.jpg")
+    assert "apple, pear" in hint
+    assert said(*nested, "apple/6.jpg", "pear/7.jpg") == [], "half of them is no rule"
     one, other, another = "cr\u00e8me", "cre\u0300me", "Creme"
     alike = said(*(f"{label}/{number}.jpg" for number, label in enumerate([one, other, another, "creme ", "apple"])))
     assert [[ascii(label) in hint for label in (one, other, another, "creme ")] for hint in alike] == [

@@ -16,9 +16,11 @@ import pytest
 
 from fruitray import config, console, status
 from fruitray.cli import JOBS, SHELLS, main, parse, run_job
-from fruitray.config import RECIPES, ModelConfig, PrepareConfig, to_json
+from fruitray.config import RECIPES, ModelConfig, PrepareConfig, ScoreConfig, resolved, to_json
+from fruitray.errors import UsageError
 from fruitray.search import draw_trials
 from fruitray.storage import LocalStorage
+from tests.unit.runs import write_photos_and_index
 
 HEAVY = {"boto3", "pyarrow", "ray", "torch", "torch._dynamo", "torchvision", "torchvision.models"}
 
@@ -175,6 +177,36 @@ def test_a_script_reads_of_wrong_options_in_one_line_of_json_and_a_person_what_i
     assert json.loads(told.out)["exit_code"] == 2
     assert wrong[0] in told.err
     assert "(exit code 2)" in told.err
+
+
+def test_of_wrong_options_the_last_line_has_the_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_job("score", ["--bogus", "1"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "fruitray score: wrong options: see above (exit code 2)"
+
+
+def test_a_place_below_a_folder_whose_name_is_no_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match=r"caf\\xe9/raw: its name is not UTF-8"):
+        resolved(ScoreConfig(package="/p", images=("raw",), out="/o"))
+
+
+@pytest.mark.parametrize("job", ["tune", "train"])
+def test_what_learns_from_photos_writes_nothing_among_them(
+    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    index, out = write_photos_and_index(tmp_path), tmp_path / "photos" / "model"
+    assert run_job(job, ["--index", index, "--out", str(out), "--dry-run"]) == 2
+    assert "must not lie inside --images" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_uri_is_the_path_that_it_spells() -> None:
+    config = resolved(ScoreConfig(package="/my%20p", images=(Path("/my photos/50%").as_uri(),), out="/o"))
+    assert (config.package, config.images) == ("/my%20p", ("/my photos/50%",))
 
 
 def test_a_script_reads_one_line_of_json_and_nothing_else(tmp_path: Path) -> None:

@@ -292,6 +292,14 @@ def test_odd_keys_stand_in_the_rows_verbatim() -> None:
     require_one_row_each(out)
 
 
+def test_a_plan_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Memory()
+    plan = write_plan(out, SETTINGS, table(inputs()), SHARD_ROWS)
+    monkeypatch.setattr("fruitray.commit.INPUTS", pa.schema([*INPUTS, ("later", pa.string())]))
+    with pytest.raises(OutputConflictError, match="planned by another version"):
+        read_shards(out, plan)
+
+
 def test_planned_inputs_are_read_back_whole() -> None:
     out = Memory()
     entries = [*inputs(4), Entry("link.jpg", 9, "v", "symlink"), Entry("pipe", 0, "", "special")]

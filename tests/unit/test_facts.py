@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import struct
 
 import imagehash
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 from scipy import ndimage
@@ -13,6 +15,7 @@ from fruitray.errors import ImageError
 from fruitray.facts import look
 from fruitray.index import FACTS
 from fruitray.synthetic import LABELS, draw
+from tests.unit.photos import chunk, png
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
@@ -88,6 +91,13 @@ def test_the_frames_of_an_animation_are_counted_and_the_first_is_looked_at() -> 
     still = look(encoded(noise(16, 16, 1)))
     assert (moving["frames"], still["frames"]) == (2, 1)
     assert moving["phash"] == still["phash"]
+
+
+def test_frames_that_a_file_claims_fit_the_index() -> None:
+    claims = png((16, 16), 8, 2, bytes(48), chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)))
+    facts = look(claims)
+    facts["thumbnail"] = bytes.fromhex(facts["thumbnail"])
+    assert pa.Table.from_pylist([facts], FACTS)["frames"].to_pylist() == [2**31 - 1]
 
 
 # ---- the perceptual hash

@@ -149,6 +149,13 @@ def test_a_palette_with_a_transparent_colour_is_laid_onto_white() -> None:
     assert (pixels[:, 8:] == [40, 50, 60]).all()
 
 
+def test_a_transparent_shade_of_16_bits_is_laid_onto_white() -> None:
+    row = struct.pack(">8H", *[0] * 4, *[0x8000] * 4)
+    pixels = hwc(png((8, 8), 16, 0, row, chunk(b"tRNS", struct.pack(">H", 0))))
+    assert (pixels[:, :4] == 255).all()
+    assert (pixels[:, 4:] == 128).all()
+
+
 @pytest.mark.parametrize("value", [0, 1, 255, 256, 257, 0x7FFF, 0x8000, 0xFEFF, 0xFFFF])
 def test_16_bits_are_scaled_not_clipped(value: int) -> None:
     wanted = value / 257  # 65,535 / 255
@@ -405,6 +412,15 @@ def test_inputs_are_listed_by_key_and_hidden_files_counted(tmp_path: Path) -> No
     entries, skipped = list_images(storage)
     assert [entry.key for entry in entries] == ["B/1.jpg", "a/1.jpg", "ab.jpg", "b/10.jpg", "b/2.jpg"]
     assert skipped == 2
+
+
+def test_what_systems_leave_is_no_input(tmp_path: Path) -> None:
+    left = ["$Recycle.Bin/S-1/$R1.jpg", "System Volume Information/x", "lost+found/#1", "a/@eaDir/1.jpg/SM.jpg"]
+    left += ["a/Thumbs.db", "a/desktop.ini"]
+    alike = ["lost+found apples/1.jpg", "a/Thumbs.db.jpg", "my@eaDir/1.jpg"]
+    entries, skipped = list_images(files(tmp_path, *left, *alike))
+    assert [entry.key for entry in entries] == sorted(alike)
+    assert skipped == len(left)
 
 
 def test_folder_markers_are_skipped_and_odd_keys_are_not() -> None:

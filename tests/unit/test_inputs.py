@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from fruitray import inputs
 from fruitray.errors import CredentialsError, ImageError, NotFoundError, UsageError
 from fruitray.images import fetch
+from fruitray.index import read_index
 from fruitray.inputs import INPUTS, entries, list_inputs, uris
 from fruitray.storage import LocalStorage
-from tests.unit.runs import write_photos_and_index
+from tests.unit.runs import TRAIN, VAL, write_photos_and_index
 
 
 @pytest.fixture
@@ -147,11 +149,24 @@ def test_an_index_is_a_list_whether_its_folder_or_its_file_is_named(tmp_path: Pa
     assert uris(table).to_pylist() == uris(list_inputs([str(tmp_path / "photos")])[0]).to_pylist()
 
 
+def test_of_an_index_one_split_is_listed_alone(tmp_path: Path) -> None:
+    index = write_photos_and_index(tmp_path)
+    splits = {split: uris(list_inputs([index], split)[0]).to_pylist() for split in ("train", "val", "test")}
+    assert [len(those) for those in splits.values()] == [TRAIN, VAL, 0]
+    assert splits["val"] == sorted(read_index(index).table.filter(pc.field("split") == "val")["uri"].to_pylist())
+    with pytest.raises(UsageError, match=r"--split val: .*photos is no index"):
+        list_inputs([str(tmp_path / "photos")], "val")
+    with pytest.raises(UsageError, match="says of no photo which split has it"):
+        list_inputs([write_list(tmp_path / "some.csv", uri=["a.jpg"])], "val")
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
         ({"file": ["a.jpg"]}, "column `uri`; it has file"),
         ({"uri": ["a.jpg", None]}, "`uri` is empty in 1 rows"),
+        ({"uri": ["a.jpg", ""]}, "`uri` is empty in 1 rows"),
+        ({"uri": ["a.jpg"], " Label": ["apple"]}, "the column ' Label' would not be read; name it 'label'"),
         ({"uri": [[1]]}, "is no list"),
     ],
 )

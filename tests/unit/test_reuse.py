@@ -1,5 +1,6 @@
 """Behaviour of taking rows over from an earlier output: what has not changed, and nothing else."""
 
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def test_rows_that_would_not_fit_are_refused_by_naming_what_differs(earlier: Ear
     earlier.require(SETTINGS | {"engine": "eager", "shard_rows": 9})
     with pytest.raises(UsageError, match=f"--previous .*{next(iter(other))}"):
         earlier.require(SETTINGS | other)
+
+
+def test_an_output_made_anew_since_it_was_planned_with_gives_no_rows(earlier: Earlier, tmp_path: Path) -> None:
+    marked = earlier.mark(table(inputs()), retry_errors=False)
+    for others in (inputs(9)[1:], inputs()[:1], [replace(entry, etag="newer") for entry in inputs()]):
+        place = tmp_path / secrets.token_hex(4)
+        drive(LocalStorage(str(place)), entries=others)
+        with pytest.raises(OutputConflictError, match=r"part-0.*was replaced since"):
+            Earlier(str(place)).rows(marked)
 
 
 def test_a_place_without_an_output_is_named(tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_what_is_done_but_was_killed_before_it_said_so_says_so_when_run_again(ou
     assert (told(out)["state"], told(out)["said"]) == ("succeeded", "now it is told")
 
 
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"null", b'{"a": 1}', b"\xff"])
+def test_what_is_done_says_so_where_what_it_said_before_is_damaged(out: Storage, damaged: bytes) -> None:
+    out.write("status.json", damaged)
+    with status.of("score") as job:
+        status.mend(out)
+        job.end(0, "was complete already")
+    assert told(out)["state"] == "succeeded"
+
+
 @pytest.mark.parametrize("error", [AccessDeniedError, TryAgainError])
 def test_a_place_that_takes_no_status_any_more_fails_no_job(tmp_path: Path, error: type[FruitrayError]) -> None:
     class Full(LocalStorage):
