@@ -157,10 +157,10 @@ def hints(table: pa.Table, root: str) -> list[str]:
         for some in alike.values()
         if len(some) > 1
     ]
-    nested = [folders for found in inner.values() if (folders := found - {""})]  # "": files lie there, too
-    same = set.intersection(*nested) if len(nested) > max(1, len(inner) / 2) else set()
+    nested = {label: folders for label, found in inner.items() if (folders := found - {""})}  # "": files lie there, too
+    same = set.intersection(*nested.values()) if len(nested) > max(1, len(inner) / 2) else set()
     if len(same) > 1:
-        classes, within = (", ".join(sorted(names)[:3]) for names in (inner, same))
+        classes, within = (", ".join(sorted(names)[:3]) for names in (nested, same))
         said.append(
             f"the classes are the first folders ({classes}), and these hold the same folders ({within}): if those are "
             "the classes, let --images name one of the first"

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from fruitray.errors import NotFoundError, OutputConflictError, TryAgainError, UsageError
 from fruitray.inputs import INPUTS, uris
 from fruitray.scores import schema
-from fruitray.storage import Storage
+from fruitray.storage import Storage, is_hidden
 from fruitray.tables import parquet, read_parquet
 
 PLAN, MANIFEST, SUCCESS, PROBE = "_fruitray/plan.json", "manifest.json", "_SUCCESS", "_fruitray/probe"
@@ -176,7 +176,7 @@ def committed(out: Storage, shards: Container[str]) -> set[str]:
         OutputConflictError: something lies in `data/` that is none of them.
     """
     keys = [entry.key for entry in out.list("data/")]
-    found = [key for key in keys if not key.endswith("/") and "/." not in key]
+    found = [key for key in keys if not is_hidden(key)]
     if strangers := sorted(key for key in found if key not in shards):
         raise OutputConflictError(out.uri_of(strangers[0]), "is no part of this plan")
     return set(found)

@@ -115,7 +115,7 @@ def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
 
 
 def _of_list(storage: Storage, key: str, split: str | None) -> pa.Table:
-    table = _read(storage.uri_of(key), storage.read(key))
+    table = _read(storage.uri_of(key), storage.read(key), _WITH_SPLIT if split else _COLUMNS)
     if split and table["split"].null_count == table.num_rows:
         raise UsageError(f"--split {split}: {storage.uri_of(key)} says of no photo which split has it")
     if split:
@@ -155,20 +155,20 @@ def _of_list(storage: Storage, key: str, split: str | None) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _read(uri: str, data: bytes) -> pa.Table:
-    """The columns that are known; all but `uri` may be missing, and are null then."""
+def _read(uri: str, data: bytes, columns: pa.Schema) -> pa.Table:
+    """The `columns`; all but `uri` may be missing, and are null then."""
     try:
         file = io.BytesIO(data)
         table = pq.read_table(file, page_checksum_verification=True) if uri.endswith(".parquet") else _read_csv(file)
         if table.column_names.count("uri") != 1:
             raise UsageError(f"--images {uri}: a list needs one column `uri`; it has {', '.join(table.column_names)}")
         for name in table.column_names:
-            if (meant := name.strip().lower()) in _COLUMNS.names and meant not in table.column_names:
+            if (meant := name.strip().lower()) in columns.names and meant not in table.column_names:
                 raise UsageError(f"--images {uri}: the column {name!r} would not be read; name it {meant!r}")
-        for name in _COLUMNS.names:
+        for name in columns.names:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
-        table = table.select(_COLUMNS.names).cast(_COLUMNS)
+        table = table.select(columns.names).cast(columns)
     except (pa.ArrowException, OSError, KeyError) as error:  # Arrow's words for damage, and for a name that comes twice
         raise UsageError(f"--images {uri}: is no list: {error}") from error
     if empty := pc.sum(pc.fill_null(pc.equal(table["uri"], ""), True)).as_py():
@@ -181,7 +181,8 @@ def _read_csv(file: io.BytesIO) -> pa.Table:
     return pyarrow.csv.read_csv(file, parse_options=quoted, convert_options=_AS_IS)
 
 
-_COLUMNS = pa.schema([*((name, pa.string()) for name in ("uri", "label", "etag", "split")), ("bytes", pa.int64())])
+_COLUMNS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())])
+_WITH_SPLIT = _COLUMNS.append(pa.field("split", pa.string()))
 _AS_IS = pyarrow.csv.ConvertOptions(column_types=_COLUMNS, strings_can_be_null=True, null_values=[""])
 """Else 001 would be read as 1."""
 

@@ -243,7 +243,7 @@ def endpoint(*, configured: bool = True) -> str:
 def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     code = error.response["Error"]["Code"]
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    if error.operation_name.startswith("AssumeRole"):  # STS, asked for credentials: nothing was asked of the object
+    if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):  # of STS or SSO: no object was asked for
         passing = status >= 500 or code in ("Throttling", "IDPCommunicationError")
         return (TryAgainError if passing else CredentialsError)(uri, one_line(error))
     if code == "NoSuchBucket":

@@ -34,7 +34,8 @@ def look(config: ScoreConfig, settings: Mapping[str, Any]) -> Iterator[dict[str,
     """
     inputs, skipped = list_inputs(config.images, config.split)
     if not inputs.num_rows:
-        raise NoInputError(" ".join(config.images))
+        lacking = {"reason": f"has no photo of the split {config.split}"} if config.split else {}
+        raise NoInputError(" ".join(config.images), **lacking)
     _require_readable(inputs)
     if config.previous:
         earlier = Earlier(config.previous)

@@ -82,10 +82,10 @@ def open_input(uri: str) -> Storage:
 
 
 def open_output(uri: str, images: Storage | None = None) -> Storage:
-    """The storage at `uri`, to be written to; it must not lie within `images`, whose listing it would join."""
+    """The storage at `uri`, to be written to; it must not lie within the `images`, whose listing it would join."""
     storage = open_storage(uri)
     if images is not None and is_within(storage, images):
-        raise UsageError(f"--out {uri}: must not lie inside --images {images.uri}, or its files would become inputs")
+        raise UsageError(f"--out {uri}: must not lie inside {images.uri}, or its files would become photos")
     if not isinstance(storage, LocalStorage):
         storage.check()
     return storage

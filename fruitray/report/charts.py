@@ -169,7 +169,7 @@ def _short(name: str, longest: int = LONGEST) -> str:
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    if len(names) > 2:  # within, they would hide points
+    if len(names) > 2 or (len(names) > 1 and max(map(len, names)) > LONGEST):  # within, they would hide points
         figure.set_figheight(figure.get_figheight() + 0.18 * len(names))
         figure.legend(loc="outside lower left", fontsize=8)
     elif len(names) > 1:

@@ -115,7 +115,7 @@ def _mistakes(mistakes: Sequence[dict[str, Any]], index: Output | None) -> list[
     roots = {uri.rpartition("/")[0] for uri in uris}
     if index:
         with suppress(FruitrayError):
-            roots = {read_index(index.storage.uri).images}
+            roots = {read_index(index.storage.uri_of(SIGNS["prepare"])).images}
     small: dict[str, str] = {}
     for root in roots:
         small |= thumbnails(root, uris)

@@ -47,7 +47,9 @@ def _section(job: str, outputs: dict[str, Output]) -> Section:
         "score": lambda: scoring(output, outputs.get("train")),
     }
     try:
-        section, warning = made[job](), _mismatch(output, outputs)
+        section, warning = made[job](), ""
+        with suppress(FruitrayError):  # what it was made from need not be readable
+            warning = _mismatch(output, outputs)
         return replace(section, blocks=[Text(warning), *section.blocks]) if warning else section
     except Exception as error:  # of many types: what lies there may be anybody's, or half of it gone
         said = str(error) if isinstance(error, FruitrayError) else f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from fruitray.audit import duplicate_groups, sizes, summary
 from fruitray.index import Index, read_index
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Gallery, Picture, Section, Table, Text
-from fruitray.report.outputs import Output
+from fruitray.report.outputs import SIGNS, Output
 from fruitray.report.thumbnails import thumbnails
 from fruitray.rules import REASONS
 from fruitray.suspects import FILE as SUSPECTS
@@ -24,7 +24,7 @@ charts and tables by class."""
 
 def photos(output: Output) -> Section:
     """The section on the photos."""
-    index = read_index(output.storage.uri)
+    index = read_index(output.storage.uri_of(SIGNS["prepare"]))
     found, suspects = summary(index.table), _suspects(output, index.sha256)
     by_size = sizes(index.table, SHOWN)
     samples, odd, groups = _samples(index), _odd(index.table), _groups(every := duplicate_groups(index.table))

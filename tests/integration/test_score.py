@@ -17,7 +17,7 @@ from fruitray.cluster.planner import look
 from fruitray.cluster.scorer import Scorer
 from fruitray.commit import PLAN, verify
 from fruitray.config import ScoreConfig
-from fruitray.errors import AccessDeniedError, ImageError, NotFoundError
+from fruitray.errors import AccessDeniedError, ImageError, NoInputError, NotFoundError
 from fruitray.images import decode
 from fruitray.inputs import list_inputs
 from fruitray.package import load_package
@@ -28,6 +28,7 @@ from tests.cluster import Cluster, end_of, wait_for
 from tests.integration.conftest import LARGE, SCORED, save_untrained, score_arguments
 from tests.trouble import trouble_before
 from tests.unit.photos import sixty
+from tests.unit.runs import write_photos_and_index
 from tests.unit.test_bad_input import FILES, HIDDEN, NEVER_OPENED, fill
 
 
@@ -101,6 +102,12 @@ def test_a_list_that_names_a_missing_bucket_is_told_and_one_that_names_a_missing
     (tmp_path / "some.csv").write_text(f"uri\ns3://{aws}/gone.jpg\ns3://{aws}-gone/1.jpg\n")
     with pytest.raises(NotFoundError, match=f"{aws}-gone.*no such bucket"):
         list_inputs([str(tmp_path / "some.csv")])
+
+
+def test_a_split_without_photos_is_told(tmp_path: Path) -> None:
+    config = ScoreConfig(package="model", images=(write_photos_and_index(tmp_path),), split="test", out="out")
+    with pytest.raises(NoInputError, match="has no photo of the split test"):
+        next(look(config, {}))
 
 
 def test_photos_that_may_be_listed_but_not_read_are_told_before_a_plan_is_written(

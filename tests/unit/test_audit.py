@@ -216,7 +216,7 @@ def test_folders_that_may_not_be_the_classes_are_hinted_at() -> None:
     assert "apple, pear" in hint
     nested = ["train/apple/1.jpg", "train/pear/2.jpg", "valid/apple/3.jpg", "valid/pear/4.jpg"]
     [hint] = said(*nested, "train/_annotations.csv", "test/5.jpg")
-    assert "apple, pear" in hint
+    assert "(train, valid), and these hold the same folders (apple, pear)" in hint
     assert said(*nested, "apple/6.jpg", "pear/7.jpg") == [], "half of them is no rule"
     one, other, another = "cr\u00e8me", "cre\u0300me", "Creme"
     alike = said(*(f"{label}/{number}.jpg" for number, label in enumerate([one, other, another, "creme ", "apple"])))

@@ -603,7 +603,7 @@ def test_a_stranger_among_the_parts_is_named_and_nothing_sealed(stranger: str) -
         verify(out)
 
 
-@pytest.mark.parametrize("key", ["data/", "data/.DS_Store", "data/.cache/x"])
+@pytest.mark.parametrize("key", ["data/", "data/.DS_Store", "data/.cache/x", "data/Thumbs.db"])
 def test_what_a_file_manager_leaves_does_no_harm(key: str) -> None:
     out = Memory()
     out.objects[key] = b""

@@ -158,6 +158,9 @@ def test_of_an_index_one_split_is_listed_alone(tmp_path: Path) -> None:
         list_inputs([str(tmp_path / "photos")], "val")
     with pytest.raises(UsageError, match="says of no photo which split has it"):
         list_inputs([write_list(tmp_path / "some.csv", uri=["a.jpg"])], "val")
+    ours = pa.table({"uri": ["a.jpg"], "Split": ["b"], "split": [[1]]})
+    pq.write_table(ours, tmp_path / "ours.parquet")
+    assert list_inputs([str(tmp_path / "ours.parquet")])[0].num_rows == 1, "nobody asked for one"
 
 
 @pytest.mark.parametrize(
