@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,11 @@ def crosstab(table: pa.Table, row: str, column: str, lines: int | None = None) -
     return list(found.values())
 
 
+def narrow(line: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """A line of a `crosstab` by class, without the classes where that makes more than `most` columns."""
+    return dict(line) if len(line) <= most else {name: line[name] for name in (next(iter(line)), "all")}
+
+
 def sizes(table: pa.Table, lines: int | None = None) -> list[dict[str, Any]]:
     """How many photos of each class have each size, the commonest size first: the report's Figure 2."""
     photos = table.filter(pc.equal(table["status"], "ok"))
@@ -190,7 +195,7 @@ def summary(table: pa.Table) -> dict[str, Any]:
         "near_duplicate_groups": len(near),
         "near_duplicate_photos": sum(group["photos"] for group in near),
         "conflicting_photos": pc.sum(pc.equal(table["excluded"], "conflict")).as_py() or 0,
-        "duplicate_groups": groups[:LISTED],
+        "duplicate_groups": [group | {"files": group["files"][:LINES]} for group in groups[:LISTED]],
         "conflicts": _listed(table, pc.equal(table["excluded"], "conflict"), ["uri", "label", "group"]),
         "odd_files": _listed(table, pc.is_valid(table["odd"]), ["uri", "odd", "width", "height", "sharpness"]),
         "error_files": _listed(table, pc.invert(ok), ["uri", "error_code", "error"]),

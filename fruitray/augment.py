@@ -10,9 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 
 from fruitray import transforms
 from fruitray.config import FIXED_AUGMENTATIONS, MIXES
@@ -225,20 +223,3 @@ STEPS: dict[str, Callable[[torch.Tensor, Parameters], torch.Tensor]] = {
     "rand": _rand,
 }
 """Photos (B, 3, H, W) uint8 and draws (B, DRAWS) -> photos. The other steps multiply or blend examples."""
-
-
-def contact_sheet(photos: torch.Tensor, policy: str, seed: int = 0, columns: int = 8) -> Image.Image:
-    """A picture of `policy`: for each of `photos` (N, 3, H, W) uint8 one row, which starts with the photo itself.
-
-    Then comes what it becomes in epochs 1..`columns`, or in its eight variants where `policy` starts with `eightfold`;
-    where the policy mixes, it is mixed with the next row's.
-    """
-    numbers, each, rows = np.arange(len(photos)), copies(policy), [photos]
-    for column in range(columns if each == 1 else each):
-        epoch, examples = (column + 1, numbers) if each == 1 else (1, numbers * each + column)
-        shown = augment(photos, policy, seed, epoch, examples)
-        if mixes(policy):
-            shown, _ = mix(shown, shown.roll(-1, 0), policy, seed, epoch, examples)
-        rows.append(shown)
-    sheet = F.pad(torch.stack(rows, 1), (0, 2, 0, 2), value=255)  # (N, columns + 1, 3, H + 2, W + 2)
-    return Image.fromarray(sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy())

@@ -18,7 +18,6 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
@@ -161,7 +160,7 @@ def read_shards(out: Storage, plan: Plan) -> dict[str, pa.Table]:
         raise OutputConflictError(out.uri_of(plan.inputs), "was planned by another version of fruitray")
     runs = pc.run_end_encode(table["part"].combine_chunks())
     ends, inputs = runs.run_ends.to_pylist(), table.select(INPUTS.names)
-    slices = [inputs.slice(start, end - start) for start, end in pairwise([0, *ends])]
+    slices = [inputs.slice(start, end - start) for start, end in itertools.pairwise([0, *ends])]
     return dict(zip(runs.values.to_pylist(), slices, strict=True))
 
 
@@ -175,11 +174,10 @@ def committed(out: Storage, shards: Container[str]) -> set[str]:
     Raises:
         OutputConflictError: something lies in `data/` that is none of them.
     """
-    keys = [entry.key for entry in out.list("data/")]
-    found = [key for key in keys if not is_hidden(key)]
+    found = {entry.key for entry in out.list("data/") if not is_hidden(entry.key)}
     if strangers := sorted(key for key in found if key not in shards):
         raise OutputConflictError(out.uri_of(strangers[0]), "is no part of this plan")
-    return set(found)
+    return found
 
 
 def commit(

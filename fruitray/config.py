@@ -598,6 +598,6 @@ def _in_one_way(name: str, place: str) -> str:
     return place
 
 
-def to_json(config: Any) -> bytes:
-    """The config as indented JSON with sorted keys, to be kept beside the output it made."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True).encode()
+def to_json(config: Any, **more: str) -> bytes:
+    """The config, and what `more` there is to say, as indented JSON with sorted keys, to be kept beside the output."""
+    return json.dumps({**dataclasses.asdict(config), **more}, indent=2, sort_keys=True).encode()

@@ -8,6 +8,7 @@ within the distance, among millions and in bounded memory (multi-index hashing, 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,8 @@ SAME_LIGHT = 0.95
 """Least correlation of the luminance of two thumbnails of one photo."""
 SAME_COLOR = 0.35
 """Largest difference of the chrominance of two thumbnails of one photo, relative to their chrominance; 0 to 1."""
-GREY = 3.0
-"""Mean chrominance, of 128, below which a photo has no colour to compare."""
+GREY = 6.0
+"""Chrominance, of 128, that some part of a photo has, or it has no colour to compare."""
 KEPT = 8_000_000
 """Pairs of close hashes that are kept; a folder of a film's frames may have more."""
 BLOCK = 65_536
@@ -54,15 +55,28 @@ class Duplicates:
     """(P, 2) contents with close hashes; None where they are so many that they are searched anew each time."""
 
     def near(
-        self, worth: Callable[[Ints], Bools] = lambda pairs: np.ones(len(pairs), dtype=np.bool_)
+        self,
+        worth: Callable[[Ints], Bools] = lambda pairs: np.ones(len(pairs), dtype=np.bool_),
+        some: Callable[[Ints], bool] = lambda contents: True,
     ) -> Iterator[Ints]:
-        """Near duplicates (P, 2), as numbers of contents, among the pairs that are `worth` a comparison."""
-        for pairs in _close(self.hashes, self.thumbnails, self.bits) if self.close is None else [self.close]:
+        """Near duplicates (P, 2), as numbers of contents, among the pairs that are `worth` a comparison; `some` says
+        whether any pair of many contents may be."""
+        waiting: list[Ints] = []
+        count = 0
+        for pairs in _close(self.hashes, self.thumbnails, self.bits, some) if self.close is None else [self.close]:
             for start in range(0, len(pairs), BLOCK):
                 block = pairs[start : start + BLOCK]
                 block = block[worth(block)]
                 if len(block):
-                    yield block[same_photo(*self.thumbnails[block.T])]
+                    block = block[same_photo(*self.thumbnails[block.T])]
+                if len(block):
+                    waiting.append(block)
+                    count += len(block)
+                if count >= BLOCK:
+                    yield np.concatenate(waiting)
+                    waiting, count = [], 0
+        if waiting:
+            yield np.concatenate(waiting)
 
     def conflicts(self, labels: Ints) -> Bools:
         """(N,) whether a photo, or a near duplicate of it, lies in another class too; `labels` (N,) class numbers."""
@@ -76,7 +90,11 @@ class Duplicates:
             differ = (label[pairs[:, 0]] != label[pairs[:, 1]]) | mixed[pairs].any(axis=1)
             return np.asarray(differ & ~found[pairs].all(axis=1))
 
-        for pairs in self.near(worth):
+        def some(contents: Ints) -> bool:
+            differ = (label[contents] != label[contents[0]]).any() or mixed[contents].any()
+            return bool(differ and not found[contents].all())
+
+        for pairs in self.near(worth, some):
             found[pairs.reshape(-1)] = True
         return found[self.content]
 
@@ -89,7 +107,11 @@ class Duplicates:
         def worth(pairs: Ints) -> Bools:
             return np.asarray(there[pairs].all(axis=1) & (group[pairs[:, 0]] != group[pairs[:, 1]]))
 
-        for pairs in self.near(worth):
+        def some(contents: Ints) -> bool:
+            groups = group[contents[there[contents]]]
+            return bool((groups != groups[:1]).any())
+
+        for pairs in self.near(worth, some):
             links = coo_array((np.ones(len(pairs), dtype=bool), group[pairs.T]), shape=(len(there), len(there)))
             group[:] = connected_components(links, directed=False)[1][group]
         return np.where(among, group[self.content], -1).astype(np.int64)
@@ -127,7 +149,7 @@ def same_photo(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Bools:
     scale = np.sqrt((light_a**2).sum(axis=1) * (light_b**2).sum(axis=1))
     light = (light_a * light_b).sum(axis=1) >= SAME_LIGHT * np.maximum(scale, 1e-6)
     strength_a, strength_b, difference = (np.abs(c[..., 1:]).mean(axis=(1, 2)) for c in (a, b, a - b))
-    grey = np.minimum(strength_a, strength_b) < GREY
+    grey = np.minimum(*(np.abs(c[..., 1:]).max(axis=(1, 2)) for c in (a, b))) < GREY
     same: Bools = light & (grey | (difference <= SAME_COLOR * (strength_a + strength_b)))
     return same
 
@@ -140,8 +162,14 @@ def _ycc(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     return thumbnails.reshape(len(thumbnails), thumbnails.shape[1] // 3, 3).astype(np.float32) @ _YCC.T
 
 
-def _close(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], bits: int) -> Iterator[Ints]:
-    """Each pair (P, 2) of contents, but flat ones, whose hashes differ in at most `bits`."""
+def _close(
+    hashes: NDArray[np.uint64],
+    thumbnails: NDArray[np.uint8],
+    bits: int,
+    some: Callable[[Ints], bool] = lambda contents: True,
+) -> Iterator[Ints]:
+    """Each pair (P, 2) of contents, but flat ones, whose hashes differ in at most `bits`; without many contents at once
+    of which not `some` pair is wanted."""
     if bits < 0:
         return
     among = _vivid(thumbnails)
@@ -151,14 +179,21 @@ def _close(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], bits: int)
     for number, (band, width) in enumerate(zip(bands, BANDS, strict=True)):
         order = np.argsort(band, kind="stable")
         for flip in [0, *(1 << bit for bit in range(width) if least)]:
-            for one, other in _alike(band[order], hashes[among[order]], flip, bits):
+            wanted = partial(_some_of, some, among[order])
+            for one, other in _alike(band[order], hashes[among[order]], flip, bits, wanted):
                 pairs = np.sort(order[np.stack([one, other], axis=1)], axis=1)
                 for earlier in bands[:number]:  # which has yielded the pair already, where it differs as little
                     pairs = pairs[np.bitwise_count(np.bitwise_xor(*earlier[pairs.T])) > least]
                 yield among[pairs]
 
 
-def _alike(band: Ints, hashes: NDArray[np.uint64], flip: int, bits: int) -> Iterator[tuple[Ints, Ints]]:
+def _some_of(some: Callable[[Ints], bool], contents: Ints, places: Ints) -> bool:
+    return some(contents[places])
+
+
+def _alike(
+    band: Ints, hashes: NDArray[np.uint64], flip: int, bits: int, some: Callable[[Ints], bool]
+) -> Iterator[tuple[Ints, Ints]]:
     """Pairs of places in `band` (N,), which is sorted, whose values differ by the bit `flip`, or are the same where it
     is 0, and whose `hashes` (N,) differ in at most `bits`; each pair once."""
     values, starts, counts = np.unique(band, return_index=True, return_counts=True)
@@ -166,6 +201,8 @@ def _alike(band: Ints, hashes: NDArray[np.uint64], flip: int, bits: int) -> Iter
     ones = np.flatnonzero((values[places] == values | flip) & (values & flip == 0))
     others = places[ones]
     for one, other in _pairs_of_places(starts, counts, ones, others):
+        if one.ndim == 2 and not some(np.concatenate([one[:, 0], other])):
+            continue
         near = np.bitwise_count(hashes[one] ^ hashes[other]) <= bits
         if not flip:
             near &= one < other

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -27,7 +26,7 @@ from fruitray.index import Index, Pool, index_place
 from fruitray.memory import full_gpu_told, in_halves, keep_freed_memory
 from fruitray.preprocess import stack
 from fruitray.storage import Entry, Storage
-from fruitray.tables import parquet
+from fruitray.tables import parquet, read_parquet
 from fruitray.weights import state_hash
 
 BLOCK = 128
@@ -160,10 +159,10 @@ def _read_part(beside: Storage, part: str, block: Block) -> NDArray[np.float32]:
     """(photos of the block, D)."""
     data = beside.read(part)
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = read_parquet(beside.uri_of(part), data)
         keys, column = table["key"].to_pylist(), table["embedding"].combine_chunks()
         embeddings: NDArray[np.float32] = np.asarray(column.flatten()).reshape(len(keys), column.type.list_size)
-    except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:  # a column may be of any type
+    except (OutputConflictError, pa.ArrowException, KeyError, ValueError, AttributeError) as error:  # of any type
         raise _foreign(beside.uri_of(part)) from error
     if keys != [entry.key for entry in block.entries] or embeddings.dtype != np.float32:
         raise _foreign(beside.uri_of(part))

@@ -5,7 +5,6 @@ tensors. What a step is stands in `steps.py`; what is trained on (`recipe.py`) a
 known here.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from torch import nn
 
 from fruitray.batches import Batches
 from fruitray.config import FitConfig
-from fruitray.errors import DivergedError
 from fruitray.memory import in_halves
 from fruitray.metrics import accuracy, confusion
-from fruitray.steps import Reduce, Run, Wrap, prepare
+from fruitray.steps import Reduce, Run, Wrap, prepare, require_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +112,8 @@ def fit_with_pauses(
                 paused += time.perf_counter() - stopped
         trained = time.perf_counter() - paused
         val_loss, predictions = evaluate(run.validated, val, device, reduce)
-        if not math.isfinite(val_loss):
-            raise DivergedError(number, val_loss)
-        counts = _count(val, predictions)
+        require_finite(number, val_loss)
+        counts = confusion(predictions, val.labels[val.rows], val.classes)
         score = (accuracy(counts), -val_loss)
         if score > best["score"]:
             best = {"number": number, "predictions": predictions, "score": score, "weights": _copy(run.validated)}
@@ -156,10 +153,6 @@ def evaluate(
             total += F.cross_entropy(logits, batch.labels.to(device), reduction="sum").double()
             predictions[batch.examples] = logits.argmax(dim=1).cpu()
     return reduce(total.cpu()).item() / max(1, batches.examples), reduce(predictions)
-
-
-def _count(val: Batches, predictions: torch.Tensor) -> torch.Tensor:
-    return confusion(predictions, val.labels[val.rows], val.classes)
 
 
 def _copy(module: nn.Module) -> dict[str, torch.Tensor]:

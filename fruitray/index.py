@@ -9,13 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fruitray.errors import LeakError, NoInputError, NotFoundError, OutputConflictError, TryAgainError
 from fruitray.facts import THUMBNAIL, VERSION
 from fruitray.images import PASSING
 from fruitray.storage import Entry, Storage, open_file, open_storage
-from fruitray.tables import field, parquet
+from fruitray.tables import field, parquet, read_parquet
 
 FILE = "index.parquet"
 
@@ -183,13 +182,12 @@ def read_index(uri: str, sha256: str = "") -> Index:
     if sha256 not in ("", found):
         raise OutputConflictError(storage.uri_of(key), "was prepared anew while this job was at work")
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = read_parquet(storage.uri_of(key), data)
         made: Mapping[str, Any] = json.loads(table.schema.metadata[b"fruitray"])
         images, version = made["images"], made["version"]
         if version == VERSION:  # another version's columns are others
             table = table.select(SCHEMA.names).cast(SCHEMA)
-            table.validate(full=True)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (OutputConflictError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise OutputConflictError(storage.uri_of(key), "is no index that prepare wrote, or a damaged one") from error
     if version != VERSION:
         raise OutputConflictError(storage.uri_of(key), "was written by another version; prepare a new one elsewhere")

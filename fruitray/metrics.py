@@ -15,8 +15,9 @@ def accuracy(counts: torch.Tensor) -> float:
     return counts.diagonal().sum().item() / max(1, counts.sum().item())
 
 
-def wilson_interval(counts: torch.Tensor, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(counts: torch.Tensor) -> tuple[float, float]:
     """95% interval of the accuracy (Wilson 1927): honest for small counts and near 1, where the normal one is not."""
+    z = 1.96
     total = max(1, int(counts.sum().item()))
     share = accuracy(counts)
     centre = share + z * z / (2 * total)
@@ -37,12 +38,14 @@ def summary(counts: torch.Tensor) -> dict[str, float | list[float]]:
     return {"accuracy": accuracy(counts), "accuracy_low": low, "accuracy_high": high, "recalls": recalls(counts)}
 
 
-def distinguishable(first: torch.Tensor, second: torch.Tensor) -> float:
-    """p-value of two models being equally good, from (N,) bool: whether each was right, on the same photos.
+def distinguishable(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor) -> float:
+    """p-value of two models being equally good, from (N,) bool: whether each was right, on the same photos; those of
+    one of the (N,) `groups`, duplicates, count once, for the model that got more of them right.
 
     McNemar's exact test (1947): of the photos that just one of them got right, either would have half.
     """
     from scipy.stats import binomtest  # on use: it takes half a second to load
 
-    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    ahead = torch.zeros(len(groups), dtype=torch.int64).index_add(0, groups, first.long() - second.long())
+    wins, losses = int((ahead > 0).sum()), int((ahead < 0).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -43,8 +43,8 @@ class Earlier:
         Raises:
             OutputConflictError: a file among its parts has other columns, or is damaged.
         """
-        keys = [entry.key for entry in self._storage.list("data/") if entry.key.endswith(".parquet")]
-        keys = sorted(key for key in keys if not is_hidden(key))
+        listed = (entry.key for entry in self._storage.list("data/"))
+        keys = sorted(key for key in listed if key.endswith(".parquet") and not is_hidden(key))
         with ThreadPoolExecutor(8) as pool:
             known = pa.concat_tables([_KNOWN.empty_table(), *pool.map(self._versions, keys)])
         if retry_errors:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fruitray.audit import majority_size
 from fruitray.config import parse_size
-from fruitray.duplicates import Duplicates
+from fruitray.duplicates import Bools, Duplicates, Ints
 
 REASONS = {
     "no_label": "it lies in no class folder",
@@ -19,8 +19,6 @@ REASONS = {
     "duplicate": "it is a copy of a photo that is kept; which copies count, --duplicates says",
 }
 """Every value of the index's column `excluded`, and what it means; the first that holds is given."""
-
-Bools = NDArray[np.bool_]
 
 
 def wrong_size(photos: pa.Table, rule: str, used: pa.Table) -> Bools:
@@ -37,7 +35,7 @@ def wrong_size(photos: pa.Table, rule: str, used: pa.Table) -> Bools:
 
 
 def spare_copies(
-    photos: pa.Table, duplicates: Duplicates, groups: NDArray[np.int64], free: Bools, earlier: Bools, rule: str
+    photos: pa.Table, duplicates: Duplicates, groups: Ints, free: Bools, earlier: Bools, rule: str
 ) -> Bools:
     """(N,) which of the `free` photos another one stands for.
 

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 
 from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
-from fruitray.duplicates import Duplicates, find_duplicates
+from fruitray.duplicates import Bools, Duplicates, Ints, find_duplicates
 from fruitray.errors import UsageError
 from fruitray.index import FACTS, SCHEMA, Index, Pool, label_of
 from fruitray.rules import spare_copies, wrong_size
 
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 Objects = NDArray[np.object_]
 
 
@@ -126,7 +124,9 @@ def _leave_out(
     labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     conflict = duplicates.conflicts(labels)
     leak = _leaked(photos, earlier)
-    leak = leak | _torn(duplicates, conflict | leak, was)
+    dealt = earlier.filter(pc.is_valid(earlier["split"]))["sha256"]
+    stood = pc.is_in(photos["sha256"], dealt).to_numpy(zero_copy_only=False)
+    leak = leak | _torn(duplicates, conflict | leak, was, stood)
     groups = duplicates.groups(~conflict & ~leak)
     used = earlier.filter(pc.is_valid(earlier["split"]))
     wrong = wrong_size(photos, config.size, used)
@@ -157,27 +157,49 @@ def _file(table: pa.Table) -> pa.ChunkedArray:
 def _seats(photos: pa.Table, earlier: pa.Table, folds: int) -> Objects:
     """(N,) the split that each content was dealt before, and the fold after a slash; without it if the `earlier` index
     had not so many: another number of folds is dealt anew."""
-    dealt = earlier.filter(pc.is_valid(earlier["dealt"]))
+    dealt = earlier.filter(pc.is_valid(earlier["dealt"])).sort_by([("dealt", "descending")])  # with a fold first
     seats = dealt["dealt"]
     if pc.max(dealt["fold"]).as_py() != folds - 1:
         seats = pc.replace_substring_regex(seats, "/.*", "")
     return _objects(seats.take(pc.index_in(photos["sha256"], dealt["sha256"])).to_pylist())
 
 
-def _torn(duplicates: Duplicates, out: Bools, was: Objects) -> Bools:
+def _torn(duplicates: Duplicates, out: Bools, was: Objects, stood: Bools) -> Bools:
     """(N,) new photos, not of those `out`, that would join groups which an earlier index put into different splits or
     folds; and all of a group that is torn without them."""
     old = np.array([seat is not None for seat in was], dtype=bool)
     leak = np.zeros(len(out), dtype=bool)
     if not old.any():
         return leak
-    for new in (~old, np.ones(len(out), dtype=bool)):
+    for new in (~old & _between(duplicates, ~out & ~leak, was), ~old, ~stood, np.ones(len(out), dtype=bool)):
         groups = duplicates.groups(~out & ~leak)
         seats: dict[int, set[str | None]] = defaultdict(set)
         for place in np.flatnonzero(old & (groups >= 0)).tolist():
             seats[int(groups[place])].add(was[place])
-        leak |= new & np.isin(groups, [group for group, found in seats.items() if len(found) > 1])
+        leak |= new & np.isin(groups, [group for group, found in seats.items() if _differ(found)])
     return leak
+
+
+def _between(duplicates: Duplicates, among: Bools, was: Objects) -> Bools:
+    """(N,) photos with near duplicates, `among` (N,) these, that were dealt to several places."""
+    names = {seat: number for number, seat in enumerate(sorted({seat for seat in was if seat}))}
+    there, side, first = (np.full(len(duplicates.hashes), value) for value in (False, -1, -1))
+    there[duplicates.content[among]] = True
+    side[duplicates.content] = [names.get(seat, -1) for seat in was]
+    found = np.zeros(len(side), dtype=bool)
+    for pairs in duplicates.near(lambda pairs: np.asarray(there[pairs].all(axis=1) & (side[pairs] >= 0).any(axis=1))):
+        for one, other in (pairs.T, pairs.T[::-1]):
+            one, place = one[side[other] >= 0], side[other[side[other] >= 0]]
+            fresh = first[one] < 0
+            first[one[fresh]] = place[fresh]
+            found[one[first[one] != place]] = True
+    return np.asarray(found[duplicates.content])
+
+
+def _differ(seats: set[str | None]) -> bool:
+    """Whether they are of two splits or folds; one that was dealt before there were folds goes with any."""
+    places = [seat.partition("/")[::2] for seat in seats if seat]
+    return len({split for split, _ in places}) > 1 or len({fold for _, fold in places if fold}) > 1
 
 
 def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Objects) -> dict[int, Group]:
@@ -190,7 +212,7 @@ def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Objects) -> dict[i
         group.key = min(group.key, sha256)
         if seat:
             group.split, _, fold = seat.partition("/")
-            group.fold = int(fold) if fold else None
+            group.fold = int(fold) if fold else group.fold
     return {number: group for number, group in found.items() if group.size}
 
 
@@ -236,8 +258,8 @@ def _by_class(groups: Iterable[Group], seed: int, what: str) -> dict[str, list[G
 
 def quotas(counts: dict[str, int], fraction: float) -> dict[str, int]:
     """How many photos of each class make up `fraction` of all: rounded up in total, as scikit-learn does, and shared
-    out by largest remainder, in a draw to the class named first; never none nor all of a class that has two, for which
-    the others make up.
+    out by largest remainder, in a draw to the class named first. Never none nor all of a class that has two: others
+    make up for what it cannot give, but none gives less for what it must.
     """
     photos = sum(counts.values())
     total = math.ceil(fraction * photos - 1e-9)
@@ -245,13 +267,12 @@ def quotas(counts: dict[str, int], fraction: float) -> dict[str, int]:
         return dict.fromkeys(counts, 0)
     shares = {label: total * count / photos for label, count in counts.items()}
     given = {label: max(1, min(int(shares[label] + 1e-9), count - 1)) for label, count in counts.items()}
-    while missing := total - sum(given.values()):
-        step = 1 if missing > 0 else -1
-        able = [label for label, count in counts.items() if 1 <= given[label] + step <= count - 1]
+    while (missing := total - sum(given.values())) > 0:
+        able = [label for label, count in counts.items() if given[label] + 1 <= count - 1]
         if not able:
             break
-        able.sort(key=lambda label: step * (given[label] - shares[label]))
-        given.update((label, given[label] + step) for label in able[: abs(missing)])
+        able.sort(key=lambda label: given[label] - shares[label])
+        given.update((label, given[label] + 1) for label in able[:missing])
     return given
 
 

@@ -49,7 +49,7 @@ class Run:
         self._optimizer = _optimizer(groups, config)
         self._average = AveragedModel(module, multi_avg_fn=self._lerp, use_buffers=True) if config.ema else None
         self._weights = _class_weights(train).to(device) if config.class_weights else None
-        whole = isinstance(module, Classifier) and any(tensor.requires_grad for tensor in module.trunk.parameters())
+        whole = isinstance(module, Classifier) and not module.frozen
         self.head_epochs = config.head_epochs if whole else 0
         """How many are for the head alone."""
         self._stages = [self.head_epochs] * (self.head_epochs > 0) + [config.epochs]
@@ -76,12 +76,12 @@ class Run:
             self._set_learning_rate(_factor(self._config, (number - 1 - first) * steps + step, (last - first) * steps))
             mine += self._step(batch)
             if step % CHECKED_EVERY == CHECKED_EVERY - 1:
-                _require_number(number, mine.item())
+                require_finite(number, mine.item())
             ended = step == steps - 1
             if ended or (step % ASKED_EVERY == ASKED_EVERY - 1 and self._agree(due())):
                 total += self._reduce(mine.cpu()).item()
                 mine.zero_()
-                _require_number(number, total)
+                require_finite(number, total)
                 yield step + 1, total
                 self._wrapped.train()
 
@@ -275,6 +275,7 @@ def _class_weights(train: Batches) -> torch.Tensor:
     return counts.sum() / (train.classes * counts.clamp(min=1))
 
 
-def _require_number(number: int, loss: float) -> None:
+def require_finite(number: int, loss: float) -> None:
+    """Raise `DivergedError` where a loss of epoch `number` is no number any more."""
     if not math.isfinite(loss):
         raise DivergedError(number, loss)

@@ -26,6 +26,8 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Weights of the squared norm beside the mean loss, strongest first. A probe that is held too loosely learns the wrong
 labels by heart and vouches for their like."""
 
+FOLDS = 5
+"""Parts of the rows that take turns to be judged; fewer where there are fewer groups."""
 REPEATS = 3
 """Divisions into folds that probabilities are averaged over, so that no single draw decides a rank."""
 
@@ -63,12 +65,7 @@ class Suspects:
 
 
 def rank_suspects(
-    embeddings: NDArray[np.float32],
-    labels: NDArray[Any],
-    groups: NDArray[Any],
-    *,
-    folds: int = 5,
-    seed: int = 0,
+    embeddings: NDArray[np.float32], labels: NDArray[Any], groups: NDArray[Any], *, seed: int = 0
 ) -> Suspects:
     """Rank rows by how little an out-of-fold probe believes their label, and estimate which labels are wrong.
 
@@ -81,18 +78,16 @@ def rank_suspects(
         embeddings: (N, D) float32 of a frozen trunk.
         labels: (N,) names or numbers of classes.
         groups: (N,) integers or strings; rows with copies or near-copies of one photo share one.
-        folds: how many parts take turns to be judged; fewer where there are fewer groups.
         seed: draws the folds.
 
     Raises:
         UsageError: fewer than two classes, a class whose rows lie in one group, or embeddings that are not finite.
     """
     assert len(embeddings) == len(labels) == len(groups)
-    assert folds >= 2
     classes, dense = np.unique(labels, return_inverse=True)  # (C,), and (N,) numbers in it
     groups = np.unique(groups, return_inverse=True)[1]
     _require_enough(classes, dense, groups)
-    probabilities = _out_of_fold(_standardised(embeddings), dense, groups, folds, seed)
+    probabilities = _out_of_fold(_standardised(embeddings), dense, groups, seed)
     best = probabilities.argmax(axis=1)
     everyone = np.arange(len(dense))
     own = probabilities[everyone, dense]
@@ -157,24 +152,22 @@ def _standardised(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _out_of_fold(
-    features: NDArray[np.float32], dense: NDArray[np.int64], groups: NDArray[np.int64], folds: int, seed: int
+    features: NDArray[np.float32], dense: NDArray[np.int64], groups: NDArray[np.int64], seed: int
 ) -> NDArray[np.float64]:
     """(N, C) probabilities, each row's from probes that saw nothing of its group.
 
     The penalty is the one whose probabilities fit the given labels best out of fold.
     """
     draws = np.random.RandomState(seed % 2**32)  # the only kind that scikit-learn takes
-    first, *others = (_divide(dense, groups, folds, draws) for _ in range(REPEATS))
+    first, *others = (_divide(dense, groups, draws) for _ in range(REPEATS))
     penalty, probabilities = _best_penalty(_judgements(features, dense, first, PENALTIES), dense)
     for division in others:
         probabilities = probabilities + next(_judgements(features, dense, division, (penalty,)))
     return probabilities / REPEATS
 
 
-def _divide(
-    dense: NDArray[np.int64], groups: NDArray[np.int64], folds: int, draws: np.random.RandomState
-) -> list[_Fold]:
-    """At most `folds` folds, stratified and with groups whole, so that each leaves every class to learn from.
+def _divide(dense: NDArray[np.int64], groups: NDArray[np.int64], draws: np.random.RandomState) -> list[_Fold]:
+    """At most `FOLDS` folds, stratified and with groups whole, so that each leaves every class to learn from.
 
     A class with fewer groups than folds is missing from what some folds judge, never from what they learn.
 
@@ -183,7 +176,7 @@ def _divide(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    most = min(folds, len(np.unique(groups)), np.bincount(dense).max())
+    most = min(FOLDS, len(np.unique(groups)), np.bincount(dense).max())
     for count in range(most, 1, -1):
         splitter = StratifiedGroupKFold(count, shuffle=True, random_state=draws)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of classes smaller than `count`

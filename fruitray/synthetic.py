@@ -8,8 +8,6 @@ twice the photo's size and halved. A place is a complex number x + iy, y down: i
 in its radii with the stalk end at -i. Colours are RGB, 0 to 255.
 """
 
-from __future__ import annotations
-
 import colorsys
 import io
 from dataclasses import dataclass

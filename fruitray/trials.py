@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         field("fold_accuracies", pa.list_(pa.float64()), "of each fold of a cross-validation, else one"),
         field("recalls", pa.list_(pa.float64()), "per class, in the order of their names"),
         field("right", pa.list_(pa.bool_()), "whether each validation photo was, in the same order in every row"),
+        field("groups", pa.list_(pa.int32()), "of `right`: one number for duplicates, which the verdict counts once"),
         field("curve", pa.list_(pa.float64()), "validation accuracy after each epoch, fold by fold"),
         field("best_epoch", pa.int32(), "of the last fold, from 1"),
         field("epochs", pa.int32(), "trained, over all folds"),
@@ -79,7 +80,8 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
         return f"{said}; there is no other to compare it with"
     second = others[0]
     first_right, second_right = torch.tensor(best["right"]), torch.tensor(second["right"])
-    chance = distinguishable(first_right, second_right)
+    groups = torch.tensor(best.get("groups") or range(len(first_right)))
+    chance = distinguishable(first_right, second_right, groups)
     wins, losses = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
     told = "distinguishable" if chance < CLEAR else "not distinguishable"
     told += f": of {len(first_right):,} photos {wins} only by the first, {losses} only by the second, p = {chance:.2g}"

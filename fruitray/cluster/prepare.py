@@ -15,7 +15,7 @@ import ray
 from ray import ObjectRef
 
 from fruitray import status
-from fruitray.audit import LINES, audit, hints, summary
+from fruitray.audit import LINES, audit, hints, narrow, summary
 from fruitray.cluster.connection import connect
 from fruitray.cluster.placement import seek_room
 from fruitray.cluster.preflight import preflight
@@ -165,8 +165,8 @@ def _show(found: dict[str, Any]) -> None:
         "unusual photos": "odd",
         "unreadable files": "errors",
     }.items():
-        show_table(title, [_narrow(line) for line in found[name]], at_most=SHOWN)
-    excluded = [_narrow(line) | {"why": REASONS[line["excluded"]]} for line in found["excluded"]]
+        show_table(title, [narrow(line, SHOWN) for line in found[name]], at_most=SHOWN)
+    excluded = [narrow(line, SHOWN) | {"why": REASONS[line["excluded"]]} for line in found["excluded"]]
     show_table("left out, by rule", excluded)
     say(
         f"duplicates: {found['exact_duplicate_files']} copies in {found['exact_duplicate_groups']} groups of the same "
@@ -178,12 +178,6 @@ def _show(found: dict[str, Any]) -> None:
         for group in found["duplicate_groups"]
     ]
     show_table("groups of duplicates", lines, at_most=SHOWN)
-
-
-def _narrow(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of a table by class, without the classes where they are too many for a screen."""
-    name = next(iter(line))
-    return line if len(line) <= SHOWN else {name: line[name], "all": line["all"]}
 
 
 def _names(files: list[dict[str, str]]) -> list[str]:

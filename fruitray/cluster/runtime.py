@@ -136,7 +136,8 @@ def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -
     key = f"{name}.json"
     if not out.exists(key):
         return
-    standing, wanted = (_options(out.uri_of(key), saved) for saved in (out.read(key), _saved(config, index_sha256)))
+    kept = (out.read(key), to_json(config, index_sha256=index_sha256))
+    standing, wanted = (_options(out.uri_of(key), saved) for saved in kept)
     for option in wanted.keys() - {*FREE, *FREE_OF.get(name, ())}:
         if standing.get(option) != wanted[option]:
             reason = f"was made with {option} {standing.get(option)!r}, not {wanted[option]!r}; choose another --out"
@@ -145,13 +146,9 @@ def require_ours(out: Storage, name: str, config: Any, index_sha256: str = "") -
 
 def claim(out: Storage, name: str, config: Any, index_sha256: str = "") -> None:
     """Save the resolved config as `NAME.json`, which makes `out` this job's; see `require_ours`. Begin its status."""
-    if out.exists(f"{name}.json") or not out.create(f"{name}.json", _saved(config, index_sha256)):
+    if out.exists(f"{name}.json") or not out.create(f"{name}.json", to_json(config, index_sha256=index_sha256)):
         require_ours(out, name, config, index_sha256)
     status.begin(out)
-
-
-def _saved(config: Any, index_sha256: str) -> bytes:
-    return json.dumps({**json.loads(to_json(config)), "index_sha256": index_sha256}, indent=2, sort_keys=True).encode()
 
 
 def _options(uri: str, saved: bytes) -> dict[str, Any]:
@@ -179,11 +176,11 @@ def stream(tables: Sequence[pa.Table], work: Callable[..., pa.Table] | type[Any]
 
 
 def stream_references(
-    tables: Sequence[ObjectRef], work: Callable[..., pa.Table] | type[Any], **options: Any
+    tables: Sequence[ObjectRef], work: Callable[..., pa.Table]
 ) -> Iterator[tuple[list[ObjectRef], int]]:
     """As `stream`, of tables that the driver never holds: yields references to results, and how many rows they have."""
     with _deaths_told():
-        for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work, **options).iter_internal_ref_bundles():
+        for bundle in _mapped(ray.data.from_arrow_refs(list(tables)), work).iter_internal_ref_bundles():
             yield bundle.block_refs, bundle.num_rows()
 
 

@@ -25,7 +25,7 @@ from fruitray.console import say, show_table
 from fruitray.engines import EngineName, pick_engine, require_engine
 from fruitray.errors import TooManyBadImagesError, UsageError
 from fruitray.inputs import LISTS
-from fruitray.metrics import summary
+from fruitray.metrics import recalls, summary
 from fruitray.package import Package, load_package
 from fruitray.storage import Storage, open_storage
 
@@ -238,7 +238,10 @@ def measured(classes: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
     counts = torch.tensor([[together[folder, label] for label in classes] for folder in classes])
     if not counts.any():
         return {}
-    return {"classes": list(classes), "photos": together.total(), **summary(counts), "confusion": counts.tolist()}
+    seen = counts.sum(dim=1).tolist()  # a class without photos has no recall
+    found = [share if photos else None for share, photos in zip(recalls(counts), seen, strict=True)]
+    known = {"classes": list(classes), "photos": together.total()}
+    return {**known, **summary(counts), "recalls": found, "confusion": counts.tolist()}
 
 
 def show_measured(metrics: dict[str, Any]) -> None:

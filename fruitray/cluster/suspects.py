@@ -1,6 +1,5 @@
 """The label audit of `prepare`: embed with a pretrained backbone, ask a linear probe, write `suspects.parquet`."""
 
-import json
 from typing import Any
 
 import pyarrow as pa
@@ -61,7 +60,7 @@ def _rank(out: str, key: str, facts: dict[str, Any], seed: int) -> dict[str, Any
     table = suspects_table(suspects, embedded["uri"].to_pylist(), labels)
     write_suspects(open_output(out), table, facts)
     return {
-        "first": json.loads(table.slice(0, SHOWN).to_pandas().to_json(orient="records")),
+        "first": table.slice(0, SHOWN).to_pylist(),
         "agrees": float((suspects.suggested == labels).mean()),
         "likely_wrong": int(suspects.likely_wrong.sum()),
     }

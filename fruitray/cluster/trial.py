@@ -98,13 +98,13 @@ def train(
     initial = initial_model(open_storage(space["out"]), config, index.classes, fit_config.seed)
     device = reserved_device(gpu=space["gpu"])
     pool = index.pool()
-    parts = _held_out(pool, space["folds"], fit_config.seed)
+    parts = held_out(pool, space["folds"], fit_config.seed)
     truth = [torch.tensor(pool.labels)[part] for part in parts]
     for fold in range(state["fold"], len(parts)):
         model = rebuilt(initial.model, config, len(index.classes))
-        held_out = parts[fold] if space["folds"] else None
+        validation = parts[fold] if space["folds"] else None
         recipe = make_recipe(
-            space["index"], index, model, fit_config, frozen=config.frozen, validation=held_out, device=device
+            space["index"], index, model, fit_config, frozen=config.frozen, validation=validation, device=device
         )
         facts = _facts(recipe.model.to(device), initial)
         resume, done = state["fit"], state["predictions"][:fold]
@@ -126,7 +126,7 @@ def train(
         del model, recipe, epoch  # before the next fold's photos or embeddings are there
 
 
-def _held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
+def held_out(pool: Pool, folds: int, seed: int) -> list[torch.Tensor]:
     """Of each fold (N,) bool: which photos of the pool are held out; without folds, of the index's split."""
     if not folds:
         return [torch.tensor(pool.validated)]

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler
@@ -17,7 +18,7 @@ from fruitray.cluster.embed import ensure_features, initial_model
 from fruitray.cluster.placement import seek_room
 from fruitray.cluster.preflight import decoded_size, preflight
 from fruitray.cluster.runtime import claim, open_output, place_for_ray, require_ours
-from fruitray.cluster.trial import run_trial
+from fruitray.cluster.trial import held_out, run_trial
 from fruitray.cluster.watch import RETRIES, Ends, Lines, end_of, mend_state
 from fruitray.config import TuneConfig
 from fruitray.console import progress, say
@@ -58,7 +59,8 @@ def run(config: TuneConfig) -> str:
     without = _embed(config, index, initial) if config.fit.augment in VARIANTS else {}
     tried = _search(config, out, index.sha256, place, optuna)
     found = sorted((_row(trial, without) for trial in tried), key=lambda pair: rank(pair[0]))
-    rows = [row for row, _ in found]
+    groups = _groups(index, config)
+    rows = [row | {"groups": groups if row["right"] else None} for row, _ in found]
     out.write("trials.parquet", parquet(table(rows)))
     show_trials(rows)
     if config.search == "sweep":
@@ -69,6 +71,14 @@ def run(config: TuneConfig) -> str:
     out.write("best.json", json.dumps(chosen, indent=2).encode())
     announce(rows, index.classes)
     return f"tune: {len(rows)} trials in {out.uri_of('trials.parquet')}, the best one in {out.uri_of('best.json')}"
+
+
+def _groups(index: Index, config: TuneConfig) -> list[int]:
+    """Of each photo that a trial validates, in its order, a number that its duplicates have, too."""
+    pool = index.pool()
+    numbers = np.unique(pool.groups, return_inverse=True)[1]
+    found = np.concatenate([numbers[part.numpy()] for part in held_out(pool, config.folds, config.fit.seed)])
+    return [int(number) for number in found]
 
 
 def _initial_models(config: TuneConfig, out: Storage, index: Index) -> dict[str, Package]:

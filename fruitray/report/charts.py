@@ -112,7 +112,7 @@ def stacked(rows: Mapping[str, Mapping[str, int]], *, x: str, says: str) -> Mark
 
 
 @mpl.rc_context(_STYLE)
-def histogram(groups: Mapping[str, Sequence[float]], *, x: str, y: str, says: str, bins: int = 20) -> Markup:
+def histogram(groups: Mapping[str, Sequence[float]], *, x: str, y: str, says: str) -> Markup:
     """How often values of each group lie in which part of 0..1, as steps: shares of the group."""
     figure, axes = _axes(x, y)
     for number, (name, values) in enumerate(groups.items()):
@@ -120,7 +120,7 @@ def histogram(groups: Mapping[str, Sequence[float]], *, x: str, y: str, says: st
         kind: Literal["step", "stepfilled"] = "stepfilled" if len(groups) == 1 else "step"
         axes.hist(
             values,
-            bins=bins,
+            bins=20,
             range=(0, 1),
             weights=weights,
             histtype=kind,

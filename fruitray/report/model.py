@@ -14,7 +14,7 @@ from fruitray.index import read_index
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Details, Gallery, Matrix, Picture, Section, Table, Text
 from fruitray.report.outputs import SIGNS, Output
-from fruitray.report.thumbnails import data_uri, thumbnails
+from fruitray.report.thumbnails import captioned, data_uri, thumbnails
 
 BINS = 10
 """Of the reliability diagram."""
@@ -120,14 +120,10 @@ def _mistakes(mistakes: Sequence[dict[str, Any]], index: Output | None) -> list[
     for root in roots:
         small |= thumbnails(root, uris)
     pictures = [
-        Picture(
-            small.get(row["uri"]),
-            "/".join(row["uri"].split("/")[-2:]),
-            [
-                f"filed as {row['label']}",
-                f"taken for {row['predicted']} ({row['confidence']:.1%})",
-                row["uri"].rpartition("/")[2],
-            ],
+        captioned(
+            row["uri"],
+            small,
+            [f"filed as {row['label']}", f"taken for {row['predicted']} ({row['confidence']:.1%})"],
         )
         for row in shown
     ]

@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fruitray.audit import duplicate_groups, sizes, summary
+from fruitray.audit import duplicate_groups, narrow, sizes, summary
 from fruitray.index import Index, read_index
 from fruitray.report import charts
 from fruitray.report.blocks import Block, Chart, Gallery, Picture, Section, Table, Text
 from fruitray.report.outputs import SIGNS, Output
-from fruitray.report.thumbnails import thumbnails
+from fruitray.report.thumbnails import captioned, thumbnails
 from fruitray.rules import REASONS
 from fruitray.suspects import FILE as SUSPECTS
 
@@ -36,13 +36,15 @@ def photos(output: Output) -> Section:
     blocks: list[Block] = [
         Chart(f"photos by class and split{first}", _by_class(found["classes"])),
         Table("photos by class and split", found["classes"][:ROWS], len(found["classes"])),
-        Gallery("some of the photos", [_picture(uri, small, [labels[uri] or ""]) for uri in samples]),
-        Table("photos by size", _narrow(by_size), _size_count(index.table)),
+        Gallery("some of the photos", [captioned(uri, small, [labels[uri] or ""]) for uri in samples]),
+        Table("photos by size", [narrow(row, SHOWN) for row in by_size], _size_count(index.table)),
         *(_small_table(title, found[name]) for title, name in _TABLES.items() if found[name]),
-        Table("left out, by rule", [_excluded(row) for row in _narrow(found["excluded"])]),
+        Table(
+            "left out, by rule", [narrow(row, SHOWN) | {"why": REASONS[row["excluded"]]} for row in found["excluded"]]
+        ),
     ]
     if odd:
-        blocks.append(Gallery("unusual photos", [_picture(uri, small, [", ".join(why)]) for uri, why in odd.items()]))
+        blocks.append(Gallery("unusual photos", [captioned(uri, small, [", ".join(why)]) for uri, why in odd.items()]))
     blocks += [_group(group, small, labels) for group in groups]
     if len(every) > len(groups):
         blocks.append(Text(f"{len(every) - len(groups):,} more groups stand in the index, in the column group."))
@@ -79,16 +81,7 @@ def _size_count(table: pa.Table) -> int:
 
 
 def _small_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    return Table(title, _narrow(rows[:SHOWN]), len(rows))
-
-
-def _narrow(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without a column per class where those are too many."""
-    return [row if len(row) <= SHOWN else {name: row[name] for name in (next(iter(row)), "all")} for row in rows]
-
-
-def _excluded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "why": REASONS.get(row["excluded"], "")}
+    return Table(title, [narrow(row, SHOWN) for row in rows[:SHOWN]], len(rows))
 
 
 def _samples(index: Index) -> list[str]:
@@ -125,7 +118,7 @@ def _group(group: Mapping[str, Any], small: Mapping[str, str], labels: Mapping[s
     same = "the same file" if group["kind"] == "exact" else "nearly alike"
     across = ", in several classes" if len(group["labels"]) > 1 else ""
     pictures = [
-        _picture(file["uri"], small, [labels.get(file["uri"]) or "", _standing(file["is"])]) for file in group["files"]
+        captioned(file["uri"], small, [labels.get(file["uri"]) or "", _standing(file["is"])]) for file in group["files"]
     ]
     return Gallery(f"{group['photos']} photos, {same}{across}", pictures)
 
@@ -148,9 +141,4 @@ def _suspects(output: Output, index: str) -> list[dict[str, Any]]:
 def _suspect(row: Mapping[str, Any], small: Mapping[str, str]) -> Picture:
     said = [f"filed as {row['label']} ({row['label_confidence']:.0%})"]
     said.append(f"rather {row['suggested']} ({row['suggested_confidence']:.0%})")
-    return _picture(row["uri"], small, said)
-
-
-def _picture(uri: str, small: Mapping[str, str], lines: Sequence[str]) -> Picture:
-    name = "/".join(uri.split("/")[-2:])
-    return Picture(small.get(uri), name, [line for line in lines if line] + [uri.rpartition("/")[2]])
+    return captioned(row["uri"], small, said)

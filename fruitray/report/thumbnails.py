@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from PIL import Image
@@ -10,6 +10,7 @@ from PIL import Image
 from fruitray.errors import FruitrayError, ImageError
 from fruitray.images import fetch
 from fruitray.isolate import RGB, Isolated
+from fruitray.report.blocks import Picture
 from fruitray.storage import Entry, open_storage
 
 SIDE = 104
@@ -32,6 +33,12 @@ def thumbnails(root: str, uris: Sequence[str]) -> dict[str, str]:
                 photo.thumbnail((SIDE, SIDE))
                 found[uri] = data_uri(photo)
     return found
+
+
+def captioned(uri: str, small: Mapping[str, str], lines: Sequence[str]) -> Picture:
+    """The photo at `uri`, as `thumbnails` has it, above those `lines` that say something, and its name."""
+    folder_and_name = "/".join(uri.split("/")[-2:])
+    return Picture(small.get(uri), folder_and_name, [*filter(None, lines), uri.rpartition("/")[2]])
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -313,6 +313,12 @@ def test_the_summary_counts_exactly() -> None:
     assert [row["error_code"] for row in found["error_files"]] == ["E_NOT_IMAGE", "E_NOT_IMAGE", "E_TRUNCATED"]
 
 
+def test_a_large_group_is_counted_whole_and_listed_in_part() -> None:
+    copies = [photo("apple", 1, 0, uri=f"/p/apple/{number}.jpg") for number in range(150)]
+    [group] = summary(index_of([*copies, *singles("apple", 9), *singles("pear", 9)]))["duplicate_groups"]
+    assert (group["photos"], len(group["files"])) == (150, 100)
+
+
 def test_the_summary_lists_each_group_of_duplicates_and_what_became_of_its_files() -> None:
     groups = summary(index_of(files(), size="300x300"))["duplicate_groups"]
     assert (groups[0]["kind"], groups[0]["photos"], groups[0]["labels"]) == ("exact", 3, ["apple"])

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fruitray import sheet, transforms
-from fruitray.augment import DRAWS, EIGHT, STEPS, augment, contact_sheet, copies, fixed_variants, mix, uniforms
+from fruitray.augment import DRAWS, EIGHT, STEPS, augment, copies, fixed_variants, mix, uniforms
 from fruitray.config import AUGMENTATIONS, FitConfig
 from fruitray.errors import UsageError
 from fruitray.index import read_index
-from fruitray.sheet import write_sheet
+from fruitray.sheet import contact_sheet, write_sheet
 from fruitray.storage import Entry, LocalStorage
 from tests.unit.runs import TRAIN, write_photos_and_index
 

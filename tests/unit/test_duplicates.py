@@ -79,9 +79,9 @@ def test_every_changed_copy_of_a_real_photo_is_found_and_no_other_photo(shared_d
     assert missed_and_wrong(images) == ([], [])
 
 
-def shape(kind: str, color: str, ground: str = "white") -> bytes:
+def shape(kind: str, color: str, ground: str = "white", box: tuple[int, ...] = (50, 40, 150, 160)) -> bytes:
     image = Image.new("RGB", (200, 200), ground)
-    getattr(ImageDraw.Draw(image), kind)((50, 40, 150, 160), fill=color)
+    getattr(ImageDraw.Draw(image), kind)(box, fill=color)
     return jpeg(image)
 
 
@@ -96,6 +96,12 @@ def shape(kind: str, color: str, ground: str = "white") -> bytes:
     ]
     + [
         pytest.param([shape("ellipse", color) for color in ("red", "green", "blue", "yellow", "purple")], id="circles"),
+        pytest.param(
+            [shape("ellipse", color, box=(75, 75, 125, 125)) for color in ("red", "green", "blue")], id="small"
+        ),
+        pytest.param(
+            [shape("ellipse", color, box=(85, 85, 115, 115)) for color in ("red", "green", "blue")], id="tiny"
+        ),
         pytest.param([shape("ellipse", "white", color) for color in ("red", "green", "blue")], id="grounds"),
         pytest.param([shape("rectangle", color, "black") for color in ("red", "lime", "blue")], id="on black"),
     ],

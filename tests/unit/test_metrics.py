@@ -71,6 +71,9 @@ def test_models_are_told_apart_by_the_photos_that_only_one_gets_right() -> None:
     """10 against 2: the two-sided binomial test's 2 * (1 + 12 + 66) / 2^12; photos that both get right say nothing."""
     first = trues((10, True), (2, False), (500, True))
     second = trues((10, False), (2, True), (500, True))
-    assert distinguishable(first, second) == pytest.approx(2 * 79 / 4096)
-    assert distinguishable(second, first) == distinguishable(first, second)
-    assert distinguishable(first, first) == 1
+    alone = torch.arange(len(first))
+    assert distinguishable(first, second, alone) == pytest.approx(2 * 79 / 4096)
+    assert distinguishable(second, first, alone) == distinguishable(first, second, alone)
+    assert distinguishable(first, first, alone) == 1
+    together = torch.tensor([0] * 5 + [1, 2, 3, 4, 5] + [0] * 2 + [6] * 500)
+    assert distinguishable(first, second, together) == pytest.approx(2 / 64), "5 alone, and a group where it is 5 to 2"

@@ -8,7 +8,9 @@ import pytest
 
 from fruitray import console
 from fruitray.cluster import scorer
+from fruitray.cluster.score import measured
 from fruitray.cluster.scorer import GIVE_UP, STAGES, score_shards
+from fruitray.commit import Part
 from fruitray.config import ScoreConfig
 from fruitray.errors import TryAgainError
 
@@ -44,3 +46,8 @@ def test_shards_that_wait_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_store_that_fails_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [SCORED, *[WAITS] * 2 * GIVE_UP, SCORED]
     assert answered(answers, monkeypatch) == answers[: 1 + GIVE_UP]
+
+
+def test_a_class_of_which_no_photo_was_scored_has_no_recall() -> None:
+    part = Part("data/part-0.parquet", 12, "", confusion={"cherry": {"cherry": 5, "plum": 1}, "plum": {"plum": 6}})
+    assert measured(["cherry", "plum", "tomato"], [part])["recalls"] == [pytest.approx(5 / 6), 1.0, None]

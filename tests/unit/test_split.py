@@ -93,13 +93,15 @@ SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
 @given(SIZES, st.floats(0.01, 0.99))
 def test_quotas_are_the_exact_shares_to_less_than_one(sizes: list[int], fraction: float) -> None:
     named = {str(number): size for number, size in enumerate(sizes)}
-    found, wanted = quotas(named, fraction), math.ceil(round(fraction * sum(sizes), 6))
+    found, wanted, least = quotas(named, fraction), math.ceil(round(fraction * sum(sizes), 6)), 0
     for name, size in named.items():
         share = wanted * size / sum(sizes)
+        least += max(1, min(int(share + 1e-9), size - 1))
+        assert found[name] >= min(int(share + 1e-9), size - 1), "small classes take nothing from large ones"
         if min(sizes) > 1 / fraction + 1 and min(sizes) > 1 / (1 - fraction) + 1:  # else others make up for the small
             assert abs(found[name] - share) < 1
         assert 1 <= found[name] <= max(1, size - 1)
-    assert sum(found.values()) == min(max(wanted, len(sizes)), sum(max(1, size - 1) for size in sizes))
+    assert sum(found.values()) == max(least, min(wanted, sum(max(1, size - 1) for size in sizes)))
 
 
 def test_a_remainder_goes_to_the_class_with_the_largest() -> None:
@@ -107,6 +109,8 @@ def test_a_remainder_goes_to_the_class_with_the_largest() -> None:
     assert quotas({"a": 10, "b": 10, "c": 10}, 0.15) == {"a": 2, "b": 2, "c": 1}  # in a draw, who is named first
     assert quotas({"a": 10, "b": 10}, 0.0) == {"a": 0, "b": 0}
     assert quotas({"a": 5, "b": 5}, 0.1 + 0.2) == {"a": 2, "b": 1}  # 3 photos, for all that 0.1 + 0.2 is above 0.3
+    many = quotas({"a": 100, **{str(number): 3 for number in range(60)}}, 0.1)
+    assert (many.pop("a"), set(many.values())) == (10, {1})
 
 
 def test_a_test_share_is_held_out_beside_the_val_share() -> None:
@@ -530,6 +534,47 @@ def test_a_new_photo_that_links_two_sides_is_left_out() -> None:
     assert places(later) == places(earlier)
     assert_sound(later)
     assert index_of([*rows, link], later) == later
+
+
+def test_of_a_chain_only_the_photo_between_two_sides_is_left_out() -> None:
+    rows, earlier, link = linked_pair("split")
+    end = next(row for row in rows if row["thumbnail"] == link["thumbnail"])
+    look = int(end["phash"], 16)
+    near_one_end = [
+        end | {"uri": f"{end['uri']} {bit}", "sha256": f"{bit:064x}", "phash": f"{look ^ 15 << bit:016x}"}
+        for bit in range(20, 50)
+    ]
+    later = rows_of(index_of([*rows, *near_one_end, link], earlier))
+    assert later[link["uri"]]["excluded"] == "leak"
+    side = rows_of(earlier)[end["uri"]]["split"]
+    assert [later[row["uri"]]["split"] for row in near_one_end] == [side] * len(near_one_end)
+
+
+def test_a_photo_that_comes_back_between_two_sides_is_left_out_alone() -> None:
+    away = photo("apple", 1, 0x7F0000)
+    burst, meanwhile = [photo("apple", 1, 1 << bit) for bit in range(13)], photo("apple", 1, 0x7F0000 | 0x7F << 40)
+    unread = broken("apple", away["uri"].rpartition("/")[2], "E_TIMEOUT")
+    for seed in range(60):
+        first = index_of([*BASE, *burst, away], seed=seed)
+        second = index_of([*BASE, *burst, unread, meanwhile, *singles("apple", 40, 40)], first, seed=seed)
+        sides = {rows_of(second)[row["uri"]]["split"] for row in (burst[0], meanwhile)}
+        if len(sides) == 2:
+            third = index_of([*BASE, *burst, away, meanwhile, *singles("apple", 40, 40)], second, seed=seed)
+            assert [row["uri"] for row in third.to_pylist() if row["excluded"] == "leak"] == [away["uri"]]
+            return
+    raise AssertionError("the two always came to lie on one side")
+
+
+def test_the_same_command_after_folds_came_changes_nothing() -> None:
+    one, copy, near = (
+        photo("apple", 1, bits, uri=f"apple/{name}.jpg") for name, bits in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    earlier = index_of([*BASE, one, copy, near])
+    files = [*BASE, broken("apple", "a.jpg", "E_TIMEOUT"), copy, near]
+    folded = index_of(files, earlier, folds=5)
+    again = index_of(files, folded, folds=5)
+    assert again.drop_columns("dealt") == folded.drop_columns("dealt")
+    assert index_of(files, again, folds=5) == again
 
 
 def test_what_was_left_out_for_a_leak_stays_so_whatever_happens_meanwhile() -> None:
