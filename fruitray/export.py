@@ -104,7 +104,7 @@ def read_squares(images: Storage | None, preprocessing: Preprocessing) -> torch.
 
 def _drawn() -> Iterator[NDArray[np.uint8]]:
     for number in range(PHOTOS):
-        yield np.asarray(draw(LABELS[number % len(LABELS)], number))
+        yield np.asarray(draw(LABELS[number % len(LABELS)], number)).transpose(2, 0, 1)
 
 
 def _read(images: Storage) -> Iterator[NDArray[np.uint8]]:

@@ -87,8 +87,8 @@ class Photo:
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, read-only."""
-        return np.asarray(self.image)
+        """(3, H, W) uint8 RGB, a view of (H, W, 3) memory (channels last)."""
+        return np.asarray(self.image).transpose(2, 0, 1)
 
 
 def list_images(storage: Storage) -> tuple[list[Entry], int]:
@@ -182,7 +182,7 @@ def decode(data: bytes, enough: int = 0) -> Photo:
 def rgb(data: bytes, enough: int = 0) -> dict[str, Any]:
     """`pixels`, (H, W, 3) uint8 of a photo, and the `width` and `height` of the file: `decode` for `isolate.py`."""
     photo = decode(data, enough)
-    return {"pixels": photo.pixels, "width": photo.width, "height": photo.height}
+    return {"pixels": np.asarray(photo.image), "width": photo.width, "height": photo.height}
 
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {

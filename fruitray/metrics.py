@@ -46,6 +46,7 @@ def distinguishable(first: torch.Tensor, second: torch.Tensor, groups: torch.Ten
     """
     from scipy.stats import binomtest  # on use: it takes half a second to load
 
-    ahead = torch.zeros(len(groups), dtype=torch.int64).index_add(0, groups, first.long() - second.long())
+    numbers = torch.unique(groups, return_inverse=True)[1]
+    ahead = torch.zeros(len(groups), dtype=torch.int64).index_add(0, numbers, first.long() - second.long())
     wins, losses = int((ahead > 0).sum()), int((ahead < 0).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -88,7 +88,7 @@ class Predictor:
         return self.package.model.preprocessing.enough
 
     def square(self, pixels: NDArray[np.uint8], width: int, height: int) -> Square:
-        """(H, W, 3) uint8 RGB of a photo of that size -> what `predict_squares` takes. May be called by several
+        """(3, H, W) uint8 RGB of a photo of that size -> what `predict_squares` takes. May be called by several
         threads."""
         return Square(self.package.model.preprocessing.resize(pixels), width, height)
 

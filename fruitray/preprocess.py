@@ -56,8 +56,8 @@ class Preprocessing:
         return cls(**fields)
 
     def resize(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """(H, W, 3) uint8 -> (3, size, size) uint8: centre square, then one antialiased resize."""
-        photo = torch.from_numpy(np.array(_centre(pixels, self.crop), order="C"))  # a writable copy
+        """(3, H, W) uint8 -> (3, size, size) uint8: centre square, then one antialiased resize."""
+        photo = torch.from_numpy(np.array(_centre(pixels, self.crop).transpose(1, 2, 0), order="C"))  # a writable copy
         batch = photo.permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), channels last
         if batch.shape[2:] != (self.size, self.size):
             batch = F.interpolate(batch, (self.size, self.size), mode=self.interpolation, antialias=True)
@@ -67,10 +67,10 @@ class Preprocessing:
 def _centre(pixels: NDArray[np.uint8], crop: float) -> NDArray[np.uint8]:
     if not crop:
         return pixels
-    height, width = pixels.shape[:2]
+    height, width = pixels.shape[1:]
     side = max(1, round(min(height, width) * crop))
     top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
+    return pixels[:, top : top + side, left : left + side]
 
 
 def stack(squares: Sequence[torch.Tensor]) -> torch.Tensor:

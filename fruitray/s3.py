@@ -244,7 +244,7 @@ def _refusal(uri: str, error: ClientError) -> StorageError | TryAgainError:
     code = error.response["Error"]["Code"]
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     if error.operation_name.startswith(("AssumeRole", "GetRoleCredentials")):  # of STS or SSO: no object was asked for
-        passing = status >= 500 or code in ("Throttling", "IDPCommunicationError")
+        passing = status >= 500 or status in _PASSING or code in ("Throttling", "IDPCommunicationError")
         return (TryAgainError if passing else CredentialsError)(uri, one_line(error))
     if code == "NoSuchBucket":
         return NotFoundError(uri, "there is no such bucket; make it first, or see its name")

@@ -8,7 +8,7 @@ stratify by position, not by content, and reach neither exact counts nor an earl
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,23 +171,42 @@ def _torn(duplicates: Duplicates, out: Bools, was: Objects, stood: Bools) -> Boo
     leak = np.zeros(len(out), dtype=bool)
     if not old.any():
         return leak
-    for new in (~old & _between(duplicates, ~out & ~leak, was), ~old, ~stood, np.ones(len(out), dtype=bool)):
+    splits, folds = (_objects(seat and seat.partition("/")[part] for seat in was) for part in (0, 2))
+    fewest_first: Sequence[Callable[[Bools], Bools]] = (
+        lambda torn: ~old & (_between(duplicates, torn, splits) | _between(duplicates, torn, folds)),
+        lambda _: ~old,
+        lambda _: ~stood,
+        lambda torn: torn,
+    )
+    for some in fewest_first:
         groups = duplicates.groups(~out & ~leak)
         seats: dict[int, set[str | None]] = defaultdict(set)
         for place in np.flatnonzero(old & (groups >= 0)).tolist():
             seats[int(groups[place])].add(was[place])
-        leak |= new & np.isin(groups, [group for group, found in seats.items() if _differ(found)])
+        torn = np.isin(groups, [group for group, found in seats.items() if _differ(found)])
+        if not torn.any():
+            break
+        leak |= torn & some(torn)
     return leak
 
 
 def _between(duplicates: Duplicates, among: Bools, was: Objects) -> Bools:
-    """(N,) photos with near duplicates, `among` (N,) these, that were dealt to several places."""
+    """(N,) photos never dealt, with near duplicates, `among` (N,) these, that were dealt to several places."""
     names = {seat: number for number, seat in enumerate(sorted({seat for seat in was if seat}))}
     there, side, first = (np.full(len(duplicates.hashes), value) for value in (False, -1, -1))
     there[duplicates.content[among]] = True
     side[duplicates.content] = [names.get(seat, -1) for seat in was]
     found = np.zeros(len(side), dtype=bool)
-    for pairs in duplicates.near(lambda pairs: np.asarray(there[pairs].all(axis=1) & (side[pairs] >= 0).any(axis=1))):
+
+    def worth(pairs: Ints) -> Bools:
+        dealt = side[pairs] >= 0
+        return np.asarray(there[pairs].all(axis=1) & dealt.any(axis=1) & ~dealt.all(axis=1))
+
+    def some(contents: Ints) -> bool:
+        dealt = side[contents[there[contents]]] >= 0
+        return bool(dealt.any() and not dealt.all())
+
+    for pairs in duplicates.near(worth, some):
         for one, other in (pairs.T, pairs.T[::-1]):
             one, place = one[side[other] >= 0], side[other[side[other] >= 0]]
             fresh = first[one] < 0

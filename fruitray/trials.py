@@ -85,6 +85,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     wins, losses = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
     told = "distinguishable" if chance < CLEAR else "not distinguishable"
     told += f": of {len(first_right):,} photos {wins} only by the first, {losses} only by the second, p = {chance:.2g}"
+    told += ", duplicates counted once" if len(torch.unique(groups)) < len(groups) else ""
     return f"{said}; the runner-up, trial {second['trial']}, {_name(second)}, {second['accuracy']:.4f}, is {told}"
 
 

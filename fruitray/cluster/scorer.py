@@ -246,6 +246,6 @@ class Scorer:
 
     def _decode(self, contents: Iterable[bytes | ImageError]) -> Iterator[Square | ImageError]:
         def square(found: Mapping[str, Any]) -> Square:
-            return self._predictor.square(found["pixels"], found["width"], found["height"])
+            return self._predictor.square(found["pixels"].transpose(2, 0, 1), found["width"], found["height"])
 
         return self._decoders.map(contents, square)

@@ -70,7 +70,7 @@ def network(config: ModelConfig = CONFIG) -> Classifier:
     model, size = build(config, 3)[0].eval(), config.image_size
     assert isinstance(size, int)
     photos = [decode(jpeg(draw(LABELS[number % 3], number, (size, size)))) for number in range(9)]
-    spread(model, torch.stack([torch.tensor(photo.pixels) for photo in photos]).permute(0, 3, 1, 2), 4)
+    spread(model, torch.stack([torch.tensor(photo.pixels) for photo in photos]), 4)
     return model
 
 

@@ -386,7 +386,7 @@ def test_decoded_photos_are_the_resized_photos_in_order(photos: CountingStorage)
     found = decoded_photos(photos, entries(photos), preprocessing)
     for number, square in enumerate(found):
         with Image.open(Path(photos.uri) / f"{number}.png") as image:
-            assert torch.equal(square, preprocessing.resize(np.asarray(image)))
+            assert torch.equal(square, preprocessing.resize(np.asarray(image).transpose(2, 0, 1)))
     assert found.shape == (6, 3, SIZE, SIZE)
 
 

@@ -66,7 +66,7 @@ def _code_of(data: bytes, enough: int = 0) -> str:
     except ImageError as error:
         refusal = error
     else:
-        assert enough or photo.pixels.shape == (photo.height, photo.width, 3)
+        assert enough or photo.pixels.shape == (3, photo.height, photo.width)
         assert photo.pixels.dtype == np.uint8
         return "loaded"
     assert refusal.code in CODES
@@ -80,7 +80,7 @@ def nearly(found: np.ndarray, wanted: np.ndarray, tolerance: int = 0) -> bool:
 
 
 def hwc(data: bytes) -> np.ndarray:
-    return decode(data).pixels
+    return decode(data).pixels.transpose(1, 2, 0)
 
 
 every_format = pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE.keys())
@@ -93,7 +93,7 @@ every_format = pytest.mark.parametrize("data", WHOLE.values(), ids=WHOLE.keys())
 def test_a_photo_becomes_its_rgb_pixels(data: bytes, name: str, tolerance: int) -> None:
     photo = decode(data)
     assert (photo.format, photo.mode, photo.width, photo.height, photo.frames) == (name, "RGB", WIDTH, HEIGHT, 1)
-    assert nearly(photo.pixels, GRADIENT, tolerance)
+    assert nearly(photo.pixels.transpose(1, 2, 0), GRADIENT, tolerance)
 
 
 @pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600), (1601, 1203), (9600, 1200)])
@@ -126,7 +126,7 @@ def test_other_colour_modes_are_converted_to_rgb(file_format: str, mode: str, to
     image = PHOTO.convert(mode)
     photo = decode(encoded(image, file_format, quality=95, subsampling=0))
     assert photo.mode == mode
-    assert nearly(photo.pixels, np.asarray(image.convert("RGB")), tolerance)
+    assert nearly(photo.pixels.transpose(1, 2, 0), np.asarray(image.convert("RGB")), tolerance)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
@@ -170,7 +170,7 @@ def test_of_an_animation_the_first_frame_counts(file_format: str) -> None:
     frames = [Image.new("RGB", (WIDTH, HEIGHT), (0, 0, shade)) for shade in (90, 180)]
     photo = decode(encoded(PHOTO, file_format, save_all=True, append_images=frames, lossless=True))
     assert photo.frames == 3
-    assert nearly(photo.pixels, GRADIENT)
+    assert nearly(photo.pixels.transpose(1, 2, 0), GRADIENT)
 
 
 def test_of_a_phones_several_pictures_the_first_counts() -> None:
@@ -187,7 +187,7 @@ def test_exif_rotation_is_applied(orientation: int, file_format: str) -> None:
     data = encoded(PHOTO, file_format, exif=exif, quality=95, lossless=True)
     photo = decode(data)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert nearly(photo.pixels, np.asarray(upright.convert("RGB")))
+    assert nearly(photo.pixels.transpose(1, 2, 0), np.asarray(upright.convert("RGB")))
     assert (photo.width, photo.height) == ((HEIGHT, WIDTH) if orientation > 4 else (WIDTH, HEIGHT))
 
 

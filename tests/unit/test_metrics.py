@@ -75,5 +75,5 @@ def test_models_are_told_apart_by_the_photos_that_only_one_gets_right() -> None:
     assert distinguishable(first, second, alone) == pytest.approx(2 * 79 / 4096)
     assert distinguishable(second, first, alone) == distinguishable(first, second, alone)
     assert distinguishable(first, first, alone) == 1
-    together = torch.tensor([0] * 5 + [1, 2, 3, 4, 5] + [0] * 2 + [6] * 500)
+    together = 1000 * torch.tensor([0] * 5 + [1, 2, 3, 4, 5] + [0] * 2 + [6] * 500)
     assert distinguishable(first, second, together) == pytest.approx(2 / 64), "5 alone, and a group where it is 5 to 2"

@@ -12,11 +12,27 @@ from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoi
 from ray.tune.experiment import Trial
 
 from fruitray.cluster import tune
-from fruitray.cluster.tune import _embed, _initial_models, _optuna
+from fruitray.cluster.tune import _embed, _groups, _initial_models, _optuna
 from fruitray.cluster.watch import copy_state, end_of, mend_state
 from fruitray.config import FitConfig, TuneConfig
 from fruitray.errors import FruitrayError, GpuFullError, TryAgainError, UsageError, WeightsError
+from fruitray.index import read_index, write_index
 from fruitray.storage import open_storage
+from fruitray.trials import verdict
+from tests.unit.runs import TRAIN, VAL, write_photos_and_index
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_the_verdict_counts_the_duplicates_of_an_index_once(tmp_path: Path, folds: int) -> None:
+    uri = write_photos_and_index(tmp_path)
+    table = read_index(uri).table
+    bursts = table.set_column(table.column_names.index("group"), "group", table["split"])
+    write_index(open_storage(uri), bursts, "/p")
+    groups = _groups(read_index(uri), TuneConfig(index="i", out="o", folds=folds))
+    assert len(groups) == (TRAIN + VAL if folds else VAL)
+    names = dict.fromkeys(("error", "backbone", "part"), "") | {"accuracy": 0.5, "groups": groups}
+    rows = [names | {"trial": number, "right": [number == 0] * len(groups)} for number in range(2)]
+    assert verdict(rows).endswith(f"p = {0.5 if folds else 1}, duplicates counted once")
 
 
 @pytest.fixture
