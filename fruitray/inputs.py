@@ -116,9 +116,9 @@ def _table(rows: Iterable[tuple[str, Entry, str | None]]) -> pa.Table:
 
 def _of_list(storage: Storage, key: str, split: str | None) -> pa.Table:
     table = _read(storage.uri_of(key), storage.read(key), _WITH_SPLIT if split else _COLUMNS)
-    if split and table["split"].null_count == table.num_rows:
-        raise UsageError(f"--split {split}: {storage.uri_of(key)} says of no photo which split has it")
     if split:
+        if table["split"].null_count == table.num_rows:
+            raise UsageError(f"--split {split}: {storage.uri_of(key)} says of no photo which split has it")
         table = table.filter(pc.equal(table["split"], split))
     chunks = [table.slice(start, _CHUNK) for start in range(0, table.num_rows, _CHUNK)]
     storages: dict[str, Storage] = {}

@@ -8,24 +8,20 @@ stratify by position, not by content, and reach neither exact counts nor an earl
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from fruitray.audit import odd_ones
 from fruitray.config import PrepareConfig
 from fruitray.duplicates import Bools, Duplicates, Ints, find_duplicates
 from fruitray.errors import UsageError
 from fruitray.index import FACTS, SCHEMA, Index, Pool, label_of
-from fruitray.rules import spare_copies, wrong_size
-
-Objects = NDArray[np.object_]
-
+from fruitray.rules import Objects, links, spare_copies, wrong_size
 
 MAX_SUMS = 2**31
 """Bits spent on making odd groups fit a quota exactly; where that is not enough, the photos are so many that it matters
@@ -124,11 +120,10 @@ def _leave_out(
     labels = photos["label"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     conflict = duplicates.conflicts(labels)
     leak = _leaked(photos, earlier)
-    dealt = earlier.filter(pc.is_valid(earlier["split"]))["sha256"]
-    stood = pc.is_in(photos["sha256"], dealt).to_numpy(zero_copy_only=False)
-    leak = leak | _torn(duplicates, conflict | leak, was, stood)
-    groups = duplicates.groups(~conflict & ~leak)
     used = earlier.filter(pc.is_valid(earlier["split"]))
+    stood = pc.is_in(photos["sha256"], used["sha256"]).to_numpy(zero_copy_only=False)
+    leak = leak | links(duplicates, conflict | leak, was, stood)
+    groups = duplicates.groups(~conflict & ~leak)
     wrong = wrong_size(photos, config.size, used)
     known = pc.is_in(_file(photos), _file(used)).to_numpy(zero_copy_only=False)
     spare = spare_copies(photos, duplicates, groups, ~conflict & ~leak & ~wrong, known, config.duplicates)
@@ -162,63 +157,6 @@ def _seats(photos: pa.Table, earlier: pa.Table, folds: int) -> Objects:
     if pc.max(dealt["fold"]).as_py() != folds - 1:
         seats = pc.replace_substring_regex(seats, "/.*", "")
     return _objects(seats.take(pc.index_in(photos["sha256"], dealt["sha256"])).to_pylist())
-
-
-def _torn(duplicates: Duplicates, out: Bools, was: Objects, stood: Bools) -> Bools:
-    """(N,) new photos, not of those `out`, that would join groups which an earlier index put into different splits or
-    folds; and all of a group that is torn without them."""
-    old = np.array([seat is not None for seat in was], dtype=bool)
-    leak = np.zeros(len(out), dtype=bool)
-    if not old.any():
-        return leak
-    splits, folds = (_objects(seat and seat.partition("/")[part] for seat in was) for part in (0, 2))
-    fewest_first: Sequence[Callable[[Bools], Bools]] = (
-        lambda torn: ~old & (_between(duplicates, torn, splits) | _between(duplicates, torn, folds)),
-        lambda _: ~old,
-        lambda _: ~stood,
-        lambda torn: torn,
-    )
-    for some in fewest_first:
-        groups = duplicates.groups(~out & ~leak)
-        seats: dict[int, set[str | None]] = defaultdict(set)
-        for place in np.flatnonzero(old & (groups >= 0)).tolist():
-            seats[int(groups[place])].add(was[place])
-        torn = np.isin(groups, [group for group, found in seats.items() if _differ(found)])
-        if not torn.any():
-            break
-        leak |= torn & some(torn)
-    return leak
-
-
-def _between(duplicates: Duplicates, among: Bools, was: Objects) -> Bools:
-    """(N,) photos never dealt, with near duplicates, `among` (N,) these, that were dealt to several places."""
-    names = {seat: number for number, seat in enumerate(sorted({seat for seat in was if seat}))}
-    there, side, first = (np.full(len(duplicates.hashes), value) for value in (False, -1, -1))
-    there[duplicates.content[among]] = True
-    side[duplicates.content] = [names.get(seat, -1) for seat in was]
-    found = np.zeros(len(side), dtype=bool)
-
-    def worth(pairs: Ints) -> Bools:
-        dealt = side[pairs] >= 0
-        return np.asarray(there[pairs].all(axis=1) & dealt.any(axis=1) & ~dealt.all(axis=1))
-
-    def some(contents: Ints) -> bool:
-        dealt = side[contents[there[contents]]] >= 0
-        return bool(dealt.any() and not dealt.all())
-
-    for pairs in duplicates.near(worth, some):
-        for one, other in (pairs.T, pairs.T[::-1]):
-            one, place = one[side[other] >= 0], side[other[side[other] >= 0]]
-            fresh = first[one] < 0
-            first[one[fresh]] = place[fresh]
-            found[one[first[one] != place]] = True
-    return np.asarray(found[duplicates.content])
-
-
-def _differ(seats: set[str | None]) -> bool:
-    """Whether they are of two splits or folds; one that was dealt before there were folds goes with any."""
-    places = [seat.partition("/")[::2] for seat in seats if seat]
-    return len({split for split, _ in places}) > 1 or len({fold for _, fold in places if fold}) > 1
 
 
 def _groups(photos: pa.Table, groups: Ints, free: Bools, was: Objects) -> dict[int, Group]:

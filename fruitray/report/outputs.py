@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ SIGNS = {
 """Each job whose output can be shown, and the file by which it is known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Output:
     """What one job wrote."""
 
@@ -33,7 +34,7 @@ class Output:
     """As the job keeps them in JOB.json; in groups, as `model` and `fit`."""
     status: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property  # of an index that may be large, and that several sections ask for
     def sha256(self) -> str:
         """Of the file by which it is known: it names this index, or this model."""
         return hashlib.sha256(self.storage.read(SIGNS[self.job])).hexdigest()
